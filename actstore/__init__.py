@@ -1,0 +1,1 @@
+"""Every activation of a transformer over a whole corpus."""

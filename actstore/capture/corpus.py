@@ -1,0 +1,263 @@
+"""Corpora: documents out of files, datasets and iterables, one at a time, in a fixed order.
+
+A corpus can say what it is (`describe`) without being read whole, so that a resumed capture can
+recognise it: files by name, size and the checksum of their two ends; other sources by what they
+tell.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+import google_crc32c
+import pyarrow.parquet as pq
+
+from actstore.errors import CorpusError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+"""Files a corpus may consist of; a directory is searched for these."""
+
+_END_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Document:
+    """A source text before it is tokenised."""
+
+    source: str
+    """Where it came from, for people: a file name, a line of a file, a number."""
+    text: str
+    """The text."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else its source said of it."""
+
+
+class Corpus(Protocol):
+    """Documents in a fixed order, and what tells this corpus from another."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the corpus, as JSON."""
+
+    def text_bytes(self) -> int | None:
+        """Return the bytes of all texts, or more, if that is known without reading them."""
+
+    def __iter__(self) -> Iterator[Document]: ...
+
+
+def open_corpus(
+    corpus: Any = None,
+    *,
+    text: str | Iterable[str] | None = None,
+    encoding: str = "utf-8",
+    errors: str = "strict",
+) -> Corpus:
+    """Return the corpus that an argument stands for.
+
+    Parameters
+    ----------
+    corpus : str, Path, list of paths, dataset or iterable
+        A file (.txt is one document; .jsonl, .jsonl.gz, .jsonl.zst and .parquet hold one in each
+        row, in the field ``text``), a directory or glob of such files, a Hugging Face dataset, or
+        an iterable of str or of ``{"text": …, metadata}``.
+    text : str or iterable of str, optional
+        The documents themselves, instead of `corpus`.
+    encoding, errors : str
+        How text files are decoded, as in `open`.
+
+    Raises
+    ------
+    CorpusError
+        If it names no file, or is none of these.
+    """
+    if (corpus is None) == (text is None):
+        raise CorpusError("give either a corpus or text=, one of the two.")
+    if text is not None:
+        texts = [text] if isinstance(text, str) else list(text)
+        return Texts([Document(f"text {i}", t) for i, t in enumerate(texts)])
+    if isinstance(corpus, (str, Path)):
+        return Files(_find_files(str(corpus)), encoding, errors)
+    if isinstance(corpus, (list, tuple)) and all(isinstance(c, Path) for c in corpus) and corpus:
+        found = [path for item in corpus for path in _find_files(str(item))]
+        return Files(found, encoding, errors)
+    if isinstance(corpus, (list, tuple)):
+        return Texts([_as_document(item, i) for i, item in enumerate(corpus)])
+    if hasattr(corpus, "__iter__") and not isinstance(corpus, (bytes, Mapping)):
+        return Records(corpus)
+    raise CorpusError(
+        f"corpus of type {type(corpus).__name__} cannot be read; expected a path, a glob, a "
+        "dataset, or an iterable of str or {'text': …}."
+    )
+
+
+def _find_files(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES))
+        if not found:
+            raise CorpusError(f"{pattern} holds no corpus file; expected {', '.join(SUFFIXES)}.")
+    else:
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        found = [p for p in found if p.is_file()]
+        if not found:
+            raise CorpusError(
+                f"corpus = {pattern!r} matches no file (looked from {os.getcwd()}). "
+                "Did you mean text=…? A corpus is a path or a glob; text= takes the text itself."
+            )
+    for name in found:
+        if not name.name.lower().endswith(SUFFIXES):
+            raise CorpusError(f"{name} is of no known kind; expected {', '.join(SUFFIXES)}.")
+    return found
+
+
+def _as_document(item: Any, number: int, source: str = "") -> Document:
+    if isinstance(item, str):
+        return Document(source or f"document {number}", item)
+    if isinstance(item, Mapping) and isinstance(item.get("text"), str):
+        metadata = {key: value for key, value in item.items() if key != "text"}
+        given = metadata.pop("source", None)
+        return Document(str(given or source or f"document {number}"), item["text"], metadata)
+    raise CorpusError(
+        f"document {number}{f' of {source}' if source else ''} is {type(item).__name__} without a "
+        "string under 'text'; expected a str or {'text': …, metadata}."
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents held in memory."""
+
+    documents: list[Document]
+    """The documents."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the number of documents and the checksum of their texts."""
+        checksum = google_crc32c.Checksum()
+        for document in self.documents:
+            checksum.update(document.text.encode("utf-8", "surrogatepass") + b"\0")
+        return {
+            "kind": "texts",
+            "n_documents": len(self.documents),
+            "crc32c": int.from_bytes(checksum.digest(), "big"),
+        }
+
+    def text_bytes(self) -> int:
+        """Return the bytes of the texts."""
+        return sum(len(d.text.encode("utf-8", "surrogatepass")) for d in self.documents)
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self.documents)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Documents of a dataset or any other iterable, read as they come."""
+
+    items: Iterable[Any]
+    """The iterable; iterated once in a capture."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the dataset's own fingerprint where it has one."""
+        return {
+            "kind": "records",
+            "type": type(self.items).__name__,
+            "fingerprint": str(getattr(self.items, "_fingerprint", "")),
+        }
+
+    def text_bytes(self) -> None:
+        """Return None: nobody knows before the end."""
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, item in enumerate(self.items):
+            yield _as_document(item, number)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Documents in files."""
+
+    paths: list[Path]
+    """The files, in order."""
+    encoding: str = "utf-8"
+    """Encoding of text files."""
+    errors: str = "strict"
+    """What to do with bytes that do not decode, as in `open`."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return name, size and checksum of both ends of every file."""
+        return {
+            "kind": "files",
+            "encoding": self.encoding,
+            "errors": self.errors,
+            "files": [_describe_file(path) for path in self.paths],
+        }
+
+    def text_bytes(self) -> int | None:
+        """Return the size of the files, or None if any is compressed."""
+        if any(not path.name.lower().endswith((".txt", ".jsonl")) for path in self.paths):
+            return None
+        return sum(path.stat().st_size for path in self.paths)
+
+    def __iter__(self) -> Iterator[Document]:
+        for path in self.paths:
+            name = path.name.lower()
+            if name.endswith(".txt"):
+                yield Document(path.name, self._decode(path, path.read_bytes()), {})
+            elif name.endswith(".parquet"):
+                yield from self._parquet(path)
+            else:
+                yield from self._json_lines(path)
+
+    def _decode(self, path: Path, data: bytes, before: int = 0) -> str:
+        try:
+            return data.decode(self.encoding, self.errors)
+        except UnicodeDecodeError as error:
+            raise CorpusError(
+                f"{path} is not {self.encoding}: byte {data[error.start]:#04x} at offset "
+                f"{before + error.start:,} does not decode. Name the right one with encoding= "
+                "(--encoding), or replace such bytes with errors='replace' (--errors replace)."
+            ) from None
+
+    def _json_lines(self, path: Path) -> Iterator[Document]:
+        offset = 0
+        with fsspec.open(str(path), "rb", compression="infer") as lines:
+            for number, line in enumerate(lines):
+                if line.strip():
+                    try:
+                        item = json.loads(self._decode(path, line, offset))
+                    except json.JSONDecodeError as error:
+                        raise CorpusError(
+                            f"line {number + 1} of {path} is not JSON: {error}."
+                        ) from None
+                    yield _as_document(item, number, f"{path.name}:{number + 1}")
+                offset += len(line)
+
+    def _parquet(self, path: Path) -> Iterator[Document]:
+        file = pq.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise CorpusError(
+                f"{path} has no column 'text'; it has {', '.join(file.schema_arrow.names)}."
+            )
+        number = 0
+        for batch in file.iter_batches(batch_size=256):
+            for item in batch.to_pylist():
+                yield _as_document(item, number, f"{path.name}:{number}")
+                number += 1
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(_END_BYTES)
+        if size > 2 * _END_BYTES:
+            file.seek(-_END_BYTES, os.SEEK_END)
+        ends += file.read(_END_BYTES)
+    return {"name": path.name, "bytes": size, "ends_crc32c": google_crc32c.value(ends)}

@@ -1,0 +1,260 @@
+"""Files that survive a crash: written aside, synced, then given their name.
+
+Neither zarr-python nor Arrow nor DuckDB syncs what it writes, so every file of a store goes through
+here.  A file appears under its name whole or not at all; `create` publishes a name exactly once,
+whoever races for it.  What was written is remembered as bytes and crc32c, and `Verifier` checks a
+file against them before its first use in a process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actstore.errors import DamagedFile, StoreBusy
+from actstore.shard import crc32c_of_file
+
+ROW_GROUP_ROWS = 1 << 16
+"""Rows of a Parquet row group where nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is known of a file that was written."""
+
+    n_bytes: int
+    """Its size in bytes."""
+    crc32c: int
+    """Its CRC-32C (Castagnoli)."""
+    chunks_crc32c: int | None = None
+    """Of a shard, the CRC-32C of its chunks' checksums.  Bytes followed by their own checksum have
+    the same CRC-32C whatever they are, so the one above finds damage in a shard but cannot tell it
+    from another."""
+
+    def to_json(self) -> dict[str, int]:
+        """Return the facts as they stand in commits and manifests."""
+        entry = {"bytes": self.n_bytes, "crc32c": self.crc32c}
+        return entry if self.chunks_crc32c is None else {**entry, "chunks": self.chunks_crc32c}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, int]) -> FileFacts:
+        """Return the facts of an entry of a commit or manifest."""
+        chunks = int(entry["chunks"]) if "chunks" in entry else None
+        return cls(int(entry["bytes"]), int(entry["crc32c"]), chunks)
+
+    @classmethod
+    def of(cls, path: Path) -> FileFacts:
+        """Return the facts of a file by reading it once."""
+        return cls(path.stat().st_size, crc32c_of_file(path))
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, durably."""
+    missing = []
+    folder = path
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_folder(made.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a written file its name, replacing what an attempt that never committed left there."""
+    sync_file(partial)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """Return the name a file has while it is written; the writer's lock keeps it to one writer."""
+    return path.with_name(path.name + ".partial")
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a small file durably, replacing an older one."""
+    partial = partial_of(path)
+    partial.write_bytes(data)
+    publish(partial, path)
+
+
+def create(path: Path, data: bytes) -> None:
+    """Write a small file durably under a name that must be new.
+
+    Raises
+    ------
+    FileExistsError
+        If the name is taken; the file there is untouched.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    sync_file(partial)
+    try:
+        os.link(partial, path)  # unlike rename, link never overwrites
+    finally:
+        partial.unlink()
+    sync_folder(path.parent)
+
+
+def to_json(document: Any) -> bytes:
+    """Return a document as indented UTF-8 JSON."""
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """Return the document in a JSON file, or raise `DamagedFile` if it is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DamagedFile(f"{path} is not the JSON file it should be: {error}.") from error
+
+
+class TableWriter:
+    """Writes one Parquet file, table by table, and publishes it on `finish`."""
+
+    def __init__(self, path: Path, schema: pa.Schema, row_group_rows: int = ROW_GROUP_ROWS) -> None:
+        self._path = path
+        self._row_group_rows = row_group_rows
+        self._writer = pq.ParquetWriter(
+            partial_of(path), schema, compression="zstd", write_page_checksum=True
+        )
+
+    def write(self, table: pa.Table) -> None:
+        """Append the rows of a table."""
+        self._writer.write_table(table, row_group_size=self._row_group_rows)
+
+    def finish(self) -> FileFacts:
+        """Close, sync and name the file; return its bytes and crc32c."""
+        self._writer.close()
+        partial = partial_of(self._path)
+        facts = FileFacts.of(partial)
+        publish(partial, self._path)
+        return facts
+
+
+def write_table(path: Path, table: pa.Table, row_group_rows: int = ROW_GROUP_ROWS) -> FileFacts:
+    """Write a table as one durable Parquet file; return its bytes and crc32c."""
+    writer = TableWriter(path, table.schema, row_group_rows)
+    writer.write(table)
+    return writer.finish()
+
+
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> FileFacts:
+    """Write named arrays durably, the same bytes for the same arrays; return bytes and crc32c."""
+    partial = partial_of(path)
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays.items():
+            # np.savez stamps the time into every member; a fixed one keeps equal stores equal.
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            with archive.open(member, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+    facts = FileFacts.of(partial)
+    publish(partial, path)
+    return facts
+
+
+@contextmanager
+def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file at a path; the kernel frees it when the process ends, however it ends.
+
+    Raises
+    ------
+    StoreBusy
+        If another process holds it and `wait` is False.
+    """
+    make_folder(path.parent)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise StoreBusy(
+                f"{what} is being written by another process (lock {path}). Wait for it, or end it."
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+class Verifier:
+    """Checks files of a store against their recorded size and crc32c, once a process."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._checked: set[tuple[str, FileFacts]] = set()
+
+    def check(self, files: Mapping[str, FileFacts]) -> None:
+        """Read every named file that was not yet read here and compare it with its facts.
+
+        Raises
+        ------
+        DamagedFile
+            If a file is missing, has another size, or another checksum.
+        """
+        for name, facts in files.items():
+            if (name, facts) in self._checked:
+                continue
+            path = confined(self._root, name)
+            try:
+                found = path.stat().st_size
+            except FileNotFoundError:
+                raise DamagedFile(
+                    f"{name} is missing from {self._root}; a commit or manifest names it. Restore "
+                    "it from a copy, or capture into a new store."
+                ) from None
+            if found != facts.n_bytes:
+                raise DamagedFile(
+                    f"{name} in {self._root} has {found:,} bytes, expected {facts.n_bytes:,}. "
+                    "Restore it from a copy, or capture into a new store."
+                )
+            if crc32c_of_file(path) != facts.crc32c:
+                raise DamagedFile(
+                    f"{name} in {self._root} has changed since it was written (crc32c does not "
+                    "match). Restore it from a copy, or capture into a new store."
+                )
+            self._checked.add((name, facts))
+
+
+def confined(root: Path, name: str) -> Path:
+    """Return the path of a name inside a root; a store's metadata cannot point out of the store.
+
+    Raises
+    ------
+    DamagedFile
+        If the name leads out of the root.
+    """
+    path = root / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DamagedFile(f"{name!r}, named by the metadata of {root}, lies outside of the store.")
+    return path

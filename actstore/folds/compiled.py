@@ -1,0 +1,23 @@
+"""The one way functions of this package are compiled.
+
+Compiled on first use, then kept in numba's cache on disk, where one file is one entry: numba does
+not notice a change in *another* file, so a compiled function may call only compiled functions of
+its own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def compiled(function: Function) -> Function:
+    """Compile a function with numba: without the GIL, cached, and without reassociation.
+
+    No fast-math: a column's sums then have the same bits wherever the columns around it are cut.
+    """
+    return cast(Function, numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)(function))

@@ -1,0 +1,242 @@
+"""The exact top-k and bottom-k of every column.
+
+A list is the k best (value, row) pairs under a total order: *top* by value descending, then row_id
+ascending; *bottom* by value ascending, then row_id ascending.  Because no two pairs are equal
+under it, the best k of a union are the best k of the parts' best k, whatever the parts: merging is
+exact, associative and commutative, and any split into segments or workers gives the same lists.
+
+-0.0 equals 0.0 and is held as 0.0.  NaN never enters.
+
+Once a list is full, its last value is a threshold: a row beyond it can never enter.  `thresholds`
+hands these to the next segments' passes.  A row *equal* to it still may, by a smaller row_id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.errors import ArgumentError
+from actstore.folds.base import Array
+from actstore.folds.compiled import compiled
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+
+SIDES = ("top", "bottom")
+"""The two lists of a state."""
+
+
+class Thresholds(NamedTuple):
+    """What a value must reach to enter the lists, per column."""
+
+    top_floor: Float32
+    """Last value of a full top list; -inf where the list is not full. Shape (width,)."""
+    bottom_ceiling: Float32
+    """Last value of a full bottom list; +inf where the list is not full. Shape (width,)."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One list of k places for every column, best first; places past `counts` are NaN and -1."""
+
+    values: Float32
+    """Values, shape (width, k)."""
+    row_ids: Int64
+    """Their rows, shape (width, k)."""
+    counts: Int32
+    """Number of places taken, shape (width,)."""
+
+    @property
+    def taken(self) -> NDArray[np.bool_]:
+        """Which places are taken; shape (width, k)."""
+        places = np.arange(self.values.shape[1], dtype=np.int32)
+        return np.asarray(places < self.counts[:, None])
+
+
+@dataclass(frozen=True)
+class TopKState:
+    """The lists of some rows."""
+
+    top: Ranked
+    """Highest values: value descending, then row_id ascending."""
+    bottom: Ranked
+    """Lowest values: value ascending, then row_id ascending."""
+
+
+@final
+@dataclass(frozen=True)
+class TopK:
+    """The rows with the k highest and the k lowest values of each column.
+
+    One pass; memory 24 bytes x k a column.
+    """
+
+    k: int = 100
+    """Length of each list."""
+    name: str = field(default="topk", init=False)
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ArgumentError(f"k = {self.k} keeps nothing; give k >= 1.")
+
+    def start(self, width: int) -> TopKState:
+        """Return empty lists."""
+        return TopKState(*(_empty(width, self.k) for _ in SIDES))
+
+    def update(self, state: TopKState, block: Array, row_ids: Int64) -> TopKState:
+        """Return the lists with the rows of a block added.
+
+        See Also
+        --------
+        actstore.folds.base.Fold.update : the parameters.
+        actstore.folds.cpu.BandFolds : the same in one compiled pass with all other folds.
+        """
+        values = np.asarray(block, np.float32).T + np.float32(0.0)
+        rows = np.broadcast_to(np.asarray(row_ids, np.int64), values.shape)
+        return TopKState(
+            self._best(state.top, values, rows, -1), self._best(state.bottom, values, rows, 1)
+        )
+
+    def _best(self, old: Ranked, values: Float32, rows: Int64, sign: int) -> Ranked:
+        values = np.concatenate([old.values, values], axis=1)
+        rows = np.concatenate([old.row_ids, rows], axis=1)
+        # NaN, which also marks places not taken, sorts last under either sign.
+        order = np.lexsort((rows, sign * values), axis=-1)[:, : self.k]
+        values = np.take_along_axis(values, order, axis=1)
+        valid = ~np.isnan(values)
+        rows = np.where(valid, np.take_along_axis(rows, order, axis=1), -1)
+        return Ranked(values, rows, valid.sum(axis=1).astype(np.int32))
+
+    def merge(self, a: TopKState, b: TopKState) -> TopKState:
+        """Return the lists of the rows of `a` and `b` together; time O(width x k), compiled.
+
+        Raises
+        ------
+        ArgumentError
+            If the states are of different widths or another k.
+        """
+        shapes = {side.values.shape for state in (a, b) for side in (state.top, state.bottom)}
+        if shapes != {(a.top.counts.size, self.k)}:
+            raise ArgumentError(
+                f"lists of (columns, k) = {' and '.join(map(str, sorted(shapes)))} cannot be "
+                f"merged by TopK(k={self.k}); merge states of one site and this k only."
+            )
+        width = a.top.counts.size
+        merged = TopKState(*(_empty(width, self.k) for _ in SIDES))
+        for side in SIDES:
+            x, y, out = (getattr(state, side) for state in (a, b, merged))
+            _merge_lists(
+                *(x.values, x.row_ids, x.counts),
+                *(y.values, y.row_ids, y.counts),
+                *(out.values, out.row_ids, out.counts),
+                side == "top",
+            )
+        return merged
+
+    def finish(self, state: TopKState) -> dict[str, Array]:
+        """Return no columns: exemplars are a table of their own."""
+        return {}
+
+    def thresholds(self, state: TopKState) -> Thresholds:
+        """Return what a value must reach to enter the lists; a tie with it still may."""
+        last = self.k - 1
+        top, bottom = state.top, state.bottom
+        return Thresholds(
+            np.where(top.counts > last, top.values[:, last], np.float32(-np.inf)),
+            np.where(bottom.counts > last, bottom.values[:, last], np.float32(np.inf)),
+        )
+
+    def to_arrays(self, state: TopKState) -> dict[str, Array]:
+        """Return the places taken, column after column; a segment's take 6 bytes each."""
+        arrays: dict[str, Array] = {}
+        for side in SIDES:
+            ranked: Ranked = getattr(state, side)
+            taken = ranked.taken
+            rows = ranked.row_ids[taken]
+            first = rows.min(initial=np.iinfo(np.int64).max) if rows.size else 0
+            distance = rows - first
+            arrays[f"{side}_counts"] = ranked.counts
+            arrays[f"{side}_values"] = ranked.values[taken]
+            arrays[f"{side}_first_row_id"] = np.array([first], np.int64)
+            # Rows of one segment lie close together: 16 bits hold their distances.
+            narrow = np.min_scalar_type(int(distance.max(initial=0)))
+            arrays[f"{side}_row_distances"] = distance.astype(narrow)
+        return arrays
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> TopKState:
+        """Return the state that `to_arrays` was given.
+
+        Raises
+        ------
+        ArgumentError
+            If a list is longer than k.
+        """
+        sides = []
+        for side in SIDES:
+            counts = np.asarray(arrays[f"{side}_counts"], np.int32)
+            if counts.max(initial=0) > self.k:
+                raise ArgumentError(
+                    f"a {side} list of {counts.max()} places does not fit TopK(k={self.k}); "
+                    f"read it with TopK(k={counts.max()}) or a larger k."
+                )
+            ranked = _empty(counts.size, self.k)
+            ranked.counts[:] = counts
+            taken = ranked.taken
+            ranked.values[taken] = arrays[f"{side}_values"]
+            distances = arrays[f"{side}_row_distances"].astype(np.int64)
+            ranked.row_ids[taken] = distances + arrays[f"{side}_first_row_id"]
+            sides.append(ranked)
+        return TopKState(*sides)
+
+
+def _empty(width: int, k: int) -> Ranked:
+    return Ranked(
+        values=np.full((width, k), np.nan, np.float32),
+        row_ids=np.full((width, k), -1, np.int64),
+        counts=np.zeros(width, np.int32),
+    )
+
+
+@compiled
+def _merge_lists(
+    values_a: Float32,
+    rows_a: Int64,
+    counts_a: Int32,
+    values_b: Float32,
+    rows_b: Int64,
+    counts_b: Int32,
+    values: Float32,
+    rows: Int64,
+    counts: Int32,
+    descending: bool,
+) -> None:
+    """Merge two sorted lists of every column into a third."""
+    width, k = values.shape
+    for column in range(width):
+        n_a, n_b = counts_a[column], counts_b[column]
+        n = min(n_a + n_b, k)
+        a = b = 0
+        for place in range(n):
+            if a == n_a or b == n_b:
+                from_a = b == n_b
+            else:
+                x, y = values_a[column, a], values_b[column, b]
+                if x == y:
+                    from_a = rows_a[column, a] < rows_b[column, b]
+                else:
+                    from_a = (x > y) == descending
+            if from_a:
+                values[column, place] = values_a[column, a]
+                rows[column, place] = rows_a[column, a]
+                a += 1
+            else:
+                values[column, place] = values_b[column, b]
+                rows[column, place] = rows_b[column, b]
+                b += 1
+        counts[column] = n

@@ -1,0 +1,503 @@
+"""The core store: create, open, publish a plan, commit segments, read rows, keep results.
+
+A store is a folder of facts that are published once and never change: the root metadata, plan
+parts, one commit for each stored segment, generations of the compacted index, results.  Readers see
+committed segments only and count rows from commits, never from array shapes; what a crash left
+behind without a commit is not there.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actstore import durable
+from actstore.durable import FileFacts, Verifier
+from actstore.errors import (
+    DamagedFile,
+    FormatError,
+    ResultNotFound,
+    RowNotFound,
+    SiteNotFound,
+    StoreNotFound,
+    did_you_mean,
+)
+from actstore.shard import ShardLayout, ShardReader
+from actstore.site import Site, select, summarize
+from actstore.store.generations import Generation, latest, latest_prefix
+from actstore.store.meta import FIRST, SPECIAL, Commit, Part, Segment, SiteInfo, StoreMeta
+from actstore.store.results import Result, ResultWriter
+from actstore.store.rows import Rows, SiteRows
+from actstore.store.segment_writer import SegmentWriter
+from actstore.store.tables import TOKENS, VOCABULARY, DocumentTables, TokenTables
+
+_OPEN_SHARDS = 256
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A reader and the file it reads; the file closes with the last reference to it."""
+
+    file: IO[bytes]
+    reader: ShardReader
+
+
+class CoreStore:
+    """A store on a local disk.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder of the store.
+
+    Raises
+    ------
+    StoreNotFound
+        If the folder does not exist or holds no store.
+    FormatError
+        If its format version is not the one this code reads.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        root = self.path / "zarr.json"
+        if not root.is_file():
+            found = "a folder without a store" if self.path.is_dir() else "not a folder"
+            raise StoreNotFound(
+                f"{self.path} is {found} (it has no zarr.json). Make a store there with "
+                "actstore.capture(model, corpus, path), or check the path."
+            )
+        document = durable.read_json(root)
+        attributes = document.get("attributes") if isinstance(document, dict) else None
+        if not isinstance(attributes, dict) or "actstore" not in attributes:
+            raise StoreNotFound(
+                f"{self.path} is a Zarr group that actstore did not make. Check the path."
+            )
+        self.meta = StoreMeta.from_json(attributes["actstore"], str(self.path))
+        for info in self.meta.sites:
+            durable.confined(self.path, info.path)
+        self.verifier = Verifier(self.path)
+        self.tokens_tables = TokenTables(self.verifier, str(self.path))
+        self.documents_tables = DocumentTables(self.verifier, str(self.path))
+        self._infos = {info.site: info for info in self.meta.sites}
+        self._layouts: dict[Site, ShardLayout] = {}
+        self._shards: OrderedDict[tuple[str, int], _OpenShard] = OrderedDict()
+        self._verified: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+        self._commits: dict[int, Commit] = {}
+        self._lock = threading.Lock()  # scans read ahead in a thread of their own
+        self.refresh()
+
+    @classmethod
+    def create(cls, path: str | Path, meta: StoreMeta) -> CoreStore:
+        """Make an empty store, or open the one that another process made meanwhile.
+
+        Raises
+        ------
+        StoreNotFound
+            If the folder exists, is not empty, and holds no store.
+        """
+        folder = Path(path)
+        if folder.is_dir() and not (folder / "zarr.json").exists() and any(folder.iterdir()):
+            raise StoreNotFound(
+                f"{folder} is not empty and holds no store. Name a new or empty folder."
+            )
+        durable.make_folder(folder)
+        document = {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": {"actstore": meta.to_json()},
+        }
+        try:
+            durable.create(folder / "zarr.json", durable.to_json(document))
+        except FileExistsError:
+            pass
+        return cls(folder)
+
+    # -- the plan ------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """See what other processes have published since."""
+        self.parts = self._read_parts()
+        self._segments = {s.segment: s for part in self.parts for s in part.segments}
+        self.refresh_commits()
+        self.__dict__.pop("vocabulary", None)
+
+    def refresh_commits(self) -> None:
+        """See which segments are committed by now."""
+        self.committed = self._list_commits()
+
+    def _read_parts(self) -> list[Part]:
+        names = sorted(
+            path for path in (self.path / "plan").glob("*.json") if path.stem.isdigit()
+        )
+        parts = []
+        for number, path in enumerate(names):
+            try:
+                part = Part.from_json(durable.read_json(path))
+            except (KeyError, TypeError, ValueError) as error:
+                raise DamagedFile(f"{path} breaks the format: {error!r}.") from error
+            if part.part != number:
+                raise DamagedFile(f"plan part {number} is missing from {self.path}/plan.")
+            parts.append(part)
+        return parts
+
+    @property
+    def planned(self) -> Mapping[int, Segment]:
+        """The planned segments by number."""
+        return self._segments
+
+    @property
+    def plan_complete(self) -> bool:
+        """Whether the plan has reached the end of the corpus."""
+        return bool(self.parts) and self.parts[-1].complete
+
+    def plan_lock(self) -> Any:
+        """Hold the right to publish plan parts."""
+        return durable.lock(self.path / "work" / "plan.lock", f"the plan of {self.path}")
+
+    def publish_part(self, part: Part) -> None:
+        """Publish a plan part whose Parquet files are written, and grow the arrays to hold it."""
+        durable.make_folder(self.path / "plan")
+        durable.create(self.path / f"plan/{part.part:05d}.json", durable.to_json(part.to_json()))
+        self.refresh()
+        n_segments = max(self._segments, default=-1) + 1
+        for info in self.meta.sites:
+            layout = ShardLayout.for_width(
+                info.width, self.meta.segment_rows, info.dtype, self.meta.chunk_rows
+            )
+            attributes = {"site": str(info.site), "module": info.module, "side": info.side}
+            folder = self.path / info.path
+            durable.make_folder(folder)
+            durable.replace(
+                folder / "zarr.json",
+                durable.to_json(layout.zarr_metadata(n_segments, attributes)),
+            )
+
+    def write_vocabulary(self, table: pa.Table) -> None:
+        """Write the token types of the tokenizer, once."""
+        path = self.path / "vocabulary.parquet"
+        if not path.exists():
+            facts = durable.write_table(path, table.cast(VOCABULARY))
+            durable.replace(
+                self.path / "vocabulary.json",
+                durable.to_json({"files": {path.name: facts.to_json()}}),
+            )
+
+    def vocabulary_files(self) -> dict[str, FileFacts]:
+        """Return the facts of the vocabulary file."""
+        document = durable.read_json(self.path / "vocabulary.json")
+        return {n: FileFacts.from_json(entry) for n, entry in document["files"].items()}
+
+    @cached_property
+    def vocabulary(self) -> pa.Table:
+        """The token types: token_id, text, piece."""
+        self.verifier.check(self.vocabulary_files())
+        return pa.parquet.read_table(self.path / "vocabulary.parquet")
+
+    # -- commits -------------------------------------------------------------------------------
+
+    def _list_commits(self) -> tuple[int, ...]:
+        folder = self.path / "commits"
+        if not folder.is_dir():
+            return ()
+        names = (entry.name for entry in folder.iterdir())
+        found = sorted(int(m[1]) for name in names if (m := re.fullmatch(r"(\d+)\.json", name)))
+        unplanned = [segment for segment in found if segment not in self._segments]
+        if unplanned:
+            raise DamagedFile(
+                f"segment {unplanned[0]} of {self.path} is committed but no plan part names it; "
+                "a file under plan/ is missing. Restore it from a copy."
+            )
+        return tuple(found)
+
+    def commit_of(self, segment: int) -> Commit:
+        """Return the commit of a committed segment."""
+        if segment not in self._commits:
+            path = self.path / f"commits/{segment:08d}.json"
+            try:
+                commit = Commit.from_json(durable.read_json(path))
+            except (KeyError, TypeError, ValueError) as error:
+                raise DamagedFile(f"{path} breaks the format: {error!r}.") from error
+            if commit.segment != segment or dict(commit.rows) != dict(self.planned[segment].rows):
+                raise DamagedFile(f"{path} does not agree with the plan. Restore it from a copy.")
+            self._commits[segment] = commit
+        return self._commits[segment]
+
+    def committed_rows(self, space: str = "") -> dict[int, int]:
+        """Return the number of rows of each committed segment."""
+        return {s: self.planned[s].rows.get(space, 0) for s in self.committed}
+
+    def n_rows(self, space: str | None = None) -> int:
+        """Return how many rows are committed."""
+        space = self.meta.spaces[0] if space is None else space
+        return sum(self.committed_rows(space).values())
+
+    def write_segment(self, segment: int) -> SegmentWriter:
+        """Return a writer that holds the segment's lock; see `SegmentWriter`."""
+        return SegmentWriter(self, self.planned[segment])
+
+    # -- sites and rows ------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> list[Site]:
+        """The captured sites, sorted."""
+        return [info.site for info in self.meta.sites]
+
+    def select(self, sites: str | Site | Iterable[str | Site] | None) -> list[SiteInfo]:
+        """Return the sites that names or patterns stand for; None means all."""
+        return [self._infos[site] for site in select(sites, self.sites, str(self.path))]
+
+    def site(self, site: str | Site) -> SiteInfo:
+        """Return one site by name.
+
+        Raises
+        ------
+        SiteNotFound
+            If the store does not have it, or the name stands for several.
+        """
+        found = self.select(site)
+        if len(found) != 1:
+            raise SiteNotFound(
+                f"{str(site)!r} stands for {len(found)} sites of {self.path} "
+                f"({summarize(info.site for info in found)}); name one, such as '{found[0].site}'."
+            )
+        return found[0]
+
+    def __getitem__(self, site: str | Site) -> SiteRows:
+        return SiteRows(self, self.site(site))
+
+    def layout(self, info: SiteInfo) -> ShardLayout:
+        """Return how the site's array is laid out on disk."""
+        if info.site not in self._layouts:
+            path = self.path / info.path / "zarr.json"
+            if not path.exists():
+                raise DamagedFile(f"{path} is missing; the plan of {self.path} is not complete.")
+            layout = ShardLayout.from_zarr_metadata(durable.read_json(path))
+            if (layout.width, layout.dtype, layout.rows) != (
+                info.width,
+                info.dtype,
+                self.meta.segment_rows,
+            ):
+                raise FormatError(f"{path} does not agree with the metadata of {self.path}.")
+            self._layouts[info.site] = layout
+        return self._layouts[info.site]
+
+    def check_row(self, row_id: int, space: str = "") -> None:
+        """Raise `RowNotFound` unless the row is committed."""
+        segment, offset = divmod(row_id, self.meta.segment_rows)
+        planned = self.planned.get(segment)
+        if row_id < 0 or planned is None or offset >= planned.rows.get(space, 0):
+            raise RowNotFound(
+                f"row_id = {row_id} is a hole of {self.path}: no token was planned there. Row ids "
+                "are not dense; take them from `tokens`, `top`, or store[site].row_ids()."
+            )
+        if segment not in self.committed:
+            raise RowNotFound(
+                f"row_id = {row_id} is planned but not captured yet in {self.path}. Run the same "
+                "capture again to go on with it, or store.refresh() if it is running."
+            )
+
+    def _shard(self, path: str, segment: int, layout: ShardLayout, facts: FileFacts) -> _OpenShard:
+        key = (path, segment)
+        with self._lock:
+            if key in self._shards:
+                self._shards.move_to_end(key)
+                return self._shards[key]
+            name = f"{path}/c/{segment}/0"
+            try:
+                file = durable.confined(self.path, name).open("rb", buffering=0)
+            except FileNotFoundError:
+                raise DamagedFile(
+                    f"{name} is missing from {self.path}, though segment {segment} is committed. "
+                    "Restore it from a copy, or capture into a new store."
+                ) from None
+            label = f"{name} of {self.path} (segment {segment})"
+            reader = ShardReader(
+                file.fileno(), layout, facts.n_bytes, label, facts.chunks_crc32c
+            )
+            if key in self._verified:
+                reader.verified = self._verified[key]
+            self._verified[key] = reader.verified
+            self._shards[key] = _OpenShard(file, reader)
+            if len(self._shards) > _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            return self._shards[key]
+
+    def _site_shard(self, info: SiteInfo, segment: int) -> _OpenShard:
+        if segment not in self.committed:
+            raise RowNotFound(
+                f"segment {segment} of {self.path} is not captured yet. Run the same capture again."
+            )
+        facts = self.commit_of(segment).files[f"{info.path}/c/{segment}/0"]
+        return self._shard(info.path, segment, self.layout(info), facts)
+
+    def read(
+        self,
+        info: SiteInfo,
+        segment: int,
+        start: int,
+        stop: int,
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
+        """Return rows ``start … stop`` (offsets) of a segment, ``(rows, width)``, stored dtype."""
+        shard = self._site_shard(info, segment)  # held: the file closes with the last reference
+        return shard.reader.read_rows(start, stop, out=out)
+
+    def read_column(self, info: SiteInfo, segment: int, neuron: int) -> npt.NDArray[Any]:
+        """Return one neuron over all rows of a segment, ``(rows,)``, in the stored dtype."""
+        rows = self.planned[segment].rows[info.site.space]
+        shard = self._site_shard(info, segment)
+        return shard.reader.read_column(neuron, 0, rows)
+
+    def tokens(self, segment: int, space: str = "") -> pa.Table:
+        """Return the token index of a planned segment, in row order."""
+        planned = self.planned[segment]
+        first = segment * self.meta.segment_rows
+        stop = first + planned.rows.get(space, 0)
+        return self.tokens_tables.span(self.parts[planned.part], first, stop, space)
+
+    def tokens_of(self, row_ids: npt.ArrayLike, space: str = "") -> pa.Table:
+        """Return the token index of the given rows, in their order."""
+        ids = np.asarray(row_ids, dtype=np.int64)
+        segments = ids // self.meta.segment_rows
+        for segment in np.unique(segments):
+            if int(segment) not in self.planned:
+                self.check_row(int(ids[segments == segment][0]), space)
+        part_of = np.array([self.planned[int(s)].part for s in segments], dtype=np.int64)
+        order = np.argsort(part_of, kind="stable")
+        pieces = [
+            self.tokens_tables.rows(self.parts[int(p)], ids[order][part_of[order] == p], space)
+            for p in np.unique(part_of)
+        ]
+        back = np.empty(len(order), dtype=np.int64)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(pieces).take(back) if pieces else TOKENS.empty_table()
+
+    def windows(self, segment: int) -> pa.Table:
+        """Return the windows of a planned segment, in row order."""
+        part = self.parts[self.planned[segment].part]
+        name = part.file("windows")
+        self.verifier.check({name: part.files[name]})
+        return pa.parquet.read_table(self.path / name, filters=[("segment", "=", segment)])
+
+    def document(self, document: int) -> dict[str, Any]:
+        """Return a document: number, source, n_tokens, text and metadata (JSON)."""
+        return self.documents_tables.row(self.parts, document)
+
+    @property
+    def n_documents(self) -> int:
+        """Number of planned documents."""
+        return sum(part.n_documents for part in self.parts)
+
+    def rows(self, rule: str = "content", space: str | None = None) -> Rows:
+        """Return the committed rows: ``"content"`` (neither special nor first) or ``"all"``."""
+        space = self.meta.spaces[0] if space is None else space
+
+        def masks() -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+            for segment, n_rows in self.committed_rows(space).items():
+                if rule == "all":
+                    yield segment, np.ones(n_rows, dtype=np.bool_)
+                else:
+                    flags = self.tokens(segment, space).column("flags").to_numpy()
+                    yield segment, (flags & (SPECIAL | FIRST)) == 0
+
+        return Rows.from_masks(rule, self.meta.segment_rows, masks())
+
+    # -- the compacted index -------------------------------------------------------------------
+
+    def index(self) -> Generation | None:
+        """Return the newest whole generation of the compacted index, or None."""
+        return latest(self.path)
+
+    def prefix_index(self) -> Generation | None:
+        """Return the newest generation that covers segments 0 … n without a gap, or None."""
+        return latest_prefix(self.path)
+
+    def compaction_lock(self) -> Any:
+        """Hold the right to publish an index generation."""
+        return durable.lock(self.path / "work" / "index.lock", f"the index of {self.path}", True)
+
+    # -- results -------------------------------------------------------------------------------
+
+    def new_result(
+        self, kind: str, name: str | None, provenance: Mapping[str, Any]
+    ) -> ResultWriter:
+        """Return a writer of a result; its name must be new.
+
+        Raises
+        ------
+        ResultExists
+            If the name is taken.
+        ArgumentError
+            If the name is not a plain word.
+        """
+        generation = self.index()
+        return ResultWriter(
+            self.path,
+            kind,
+            name,
+            {
+                **provenance,
+                "store_id": self.meta.store_id,
+                "index_generation": generation.number if generation else None,
+                "committed": len(self.committed),
+            },
+        )
+
+    def results(self, kind: str | None = None) -> list[Result]:
+        """Return the whole results of a kind, or of all kinds, oldest first."""
+        folder = self.path / "results"
+        found = [
+            Result(self.path, path.parent.parent.name, path.parent.name)
+            for path in folder.glob("*/*/result.json")
+            if not path.parent.name.startswith(".") and kind in (None, path.parent.parent.name)
+        ]
+        return sorted(found, key=lambda result: (str(result.document["created"]), result.name))
+
+    def result(self, kind: str, name: str | None = None) -> Result:
+        """Return a result by name; without one, the newest of its kind.
+
+        Raises
+        ------
+        ResultNotFound
+            If there is none.
+        """
+        found = self.results(kind)
+        for result in found:
+            if result.name == name:
+                return result
+        if name is None and found:
+            return found[-1]
+        names = [result.name for result in found]
+        raise ResultNotFound(
+            f"{kind} result {name!r} is not in {self.path}; it has {', '.join(names) or 'none'}."
+            f"{did_you_mean(name or '', names)} Compute one with `actstore {kind} {self.path}`."
+        )
+
+    def read_scores(self, result: Result, array: str, segment: int) -> npt.NDArray[Any]:
+        """Return a result's values at the rows of a segment, ``(rows, columns)``."""
+        layout = result.layout(array)
+        name = f"{array}/c/{segment}/0"
+        path = result.path.relative_to(self.path).as_posix()
+        shard = self._shard(f"{path}/{array}", segment, layout, result.files[name])
+        rows = self.planned[segment].rows[result.document.get("space", "")]
+        return shard.reader.read_rows(0, rows)
+
+    def n_bytes(self) -> int:
+        """Return the bytes the committed segments take, as their commits say."""
+        return sum(f.n_bytes for s in self.committed for f in self.commit_of(s).files.values())
+
+    def free_bytes(self) -> int:
+        """Return the bytes free on the store's disk."""
+        return shutil.disk_usage(self.path).free

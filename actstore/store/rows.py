@@ -1,0 +1,192 @@
+"""Sets of rows, and reading activations by row_id.
+
+A row_id is ``segment * S + offset``: stable, ordered, the same at every site of a space, and not
+dense, since a segment may end in a hole.  It is the only coordinate users see; positions inside
+shards stay inside the store, so a value cannot be given to the wrong token by counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from actstore.errors import BudgetExceeded, RowNotFound
+from actstore.store.meta import SiteInfo
+
+if TYPE_CHECKING:
+    from actstore.store.core import CoreStore
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive offsets of one segment."""
+
+    segment: int
+    """The segment."""
+    start: int
+    """First offset."""
+    stop: int
+    """Offset past the last."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A set of committed rows of one space, kept as one bit a row."""
+
+    rule: str
+    """What chose them: ``"content"``, ``"all"``, or the SQL condition that did."""
+    segment_rows: int
+    """S of the store."""
+    bits: Mapping[int, npt.NDArray[np.uint8]]
+    """For each segment, its chosen offsets as packed bits."""
+    n_rows: int
+    """How many rows there are."""
+
+    @classmethod
+    def from_masks(
+        cls, rule: str, segment_rows: int, masks: Iterator[tuple[int, npt.NDArray[np.bool_]]]
+    ) -> Rows:
+        """Return the rows whose offsets are True in each segment's mask."""
+        bits: dict[int, npt.NDArray[np.uint8]] = {}
+        n_rows = 0
+        for segment, mask in masks:
+            if n := int(np.count_nonzero(mask)):
+                bits[segment] = np.packbits(mask)
+                n_rows += n
+        return cls(rule, segment_rows, bits, n_rows)
+
+    @classmethod
+    def from_row_ids(cls, rule: str, segment_rows: int, row_ids: Ids) -> Rows:
+        """Return the rows with the given ids."""
+        row_ids = np.unique(np.asarray(row_ids, dtype=np.int64))
+        segments = row_ids // segment_rows
+
+        def masks() -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+            for segment in np.unique(segments):
+                offsets = row_ids[segments == segment] - segment * segment_rows
+                mask = np.zeros(int(offsets[-1]) + 1, dtype=np.bool_)
+                mask[offsets] = True
+                yield int(segment), mask
+
+        return cls.from_masks(rule, segment_rows, masks())
+
+    @property
+    def segments(self) -> list[int]:
+        """The segments that hold any of the rows, in order."""
+        return sorted(self.bits)
+
+    def offsets(self, segment: int) -> Ids:
+        """Return the chosen offsets of a segment, ascending."""
+        if segment not in self.bits:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(np.unpackbits(self.bits[segment])).astype(np.int64)
+
+    def row_ids(self) -> Ids:
+        """Return all row ids, ascending; 8 bytes a row."""
+        parts = [self.offsets(s) + s * self.segment_rows for s in self.segments]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def runs(self, length: int) -> list[Run]:
+        """Return the rows as runs: spans of at most `length` offsets that hold any of them.
+
+        Spans are aligned to multiples of `length`, so they depend on nothing but the rows, and
+        trimmed to their first and last chosen row.
+        """
+        runs = []
+        for segment in self.segments:
+            offsets = self.offsets(segment)
+            cells = offsets // length
+            firsts = np.flatnonzero(np.diff(cells, prepend=-1))
+            lasts = np.append(firsts[1:], len(offsets)) - 1
+            runs += [
+                Run(segment, int(offsets[a]), int(offsets[b]) + 1)
+                for a, b in zip(firsts, lasts, strict=True)
+            ]
+        return runs
+
+
+class SiteRows:
+    """The activations of one site, indexed by row_id.
+
+    ``site[17]`` is one row, ``site[[3, 1, 17]]`` several in the order given, ``site[100:200]`` the
+    rows with ids in that range, holes skipped.  Values come as NumPy in the stored dtype.
+    """
+
+    def __init__(self, store: CoreStore, info: SiteInfo) -> None:
+        self._store = store
+        self.info = info
+
+    def __repr__(self) -> str:
+        rows = self._store.n_rows(self.info.site.space)
+        return f"<{self.info.site}: {rows:,} rows x {self.info.width:,} neurons, {self.info.dtype}>"
+
+    def row_ids(self, span: slice | None = None) -> Ids:
+        """Return the ids of the committed rows, or of those in a slice of row ids."""
+        span = span or slice(None)
+        if span.step not in (None, 1):
+            raise RowNotFound(
+                f"step = {span.step} was given; slices of row ids take no step. "
+                "Index with a list of row ids instead."
+            )
+        size = self._store.meta.segment_rows
+        pieces = []
+        for segment, rows in self._store.committed_rows(self.info.site.space).items():
+            ids = np.arange(segment * size, segment * size + rows, dtype=np.int64)
+            low = 0 if span.start is None else span.start
+            high = np.iinfo(np.int64).max if span.stop is None else span.stop
+            if low < 0 or high < 0:
+                raise RowNotFound(
+                    f"{min(low, high)} was given; row ids count from 0 and negative ones name "
+                    "nothing, since ids are not dense. Use `row_ids()[-n:]` for the last rows."
+                )
+            pieces.append(ids[max(0, low - int(ids[0])) : max(0, high - int(ids[0]))])
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Ids) -> npt.NDArray[Any]:
+        if isinstance(rows, slice):
+            return self._gather(self.row_ids(rows))
+        ids = np.asarray(rows)
+        if ids.dtype == np.bool_ or not (ids.dtype.kind in "iu" or ids.size == 0):
+            raise RowNotFound(
+                f"row ids of dtype {ids.dtype} were given; expected integers, as they stand in the "
+                "column row_id of `tokens`, `top` and every other table."
+            )
+        found: npt.NDArray[Any] = self._gather(np.atleast_1d(ids).astype(np.int64))
+        return found[0] if ids.ndim == 0 else found
+
+    def _gather(self, ids: Ids) -> npt.NDArray[Any]:
+        needed = len(ids) * self.info.row_bytes
+        free = psutil.virtual_memory().available
+        if needed > free // 2:
+            raise BudgetExceeded(
+                f"{len(ids):,} rows of {self.info.site} take {needed / 1e9:.1f} GB and "
+                f"{free / 1e9:.1f} GB of memory are free. Read fewer rows at a time, or use "
+                f"store.dask({str(self.info.site)!r})."
+            )
+        size = self._store.meta.segment_rows
+        layout = self._store.layout(self.info)
+        out = np.empty((len(ids), self.info.width), dtype=layout.numpy_dtype)
+        segments = ids // size
+        # Stretches of consecutive ids in one segment are one read each.
+        breaks = np.flatnonzero((np.diff(ids) != 1) | (np.diff(segments) != 0)) + 1
+        for place in np.split(np.arange(len(ids)), breaks):
+            if len(place):
+                first, last = int(ids[place[0]]), int(ids[place[-1]])
+                self._store.check_row(first, self.info.site.space)
+                self._store.check_row(last, self.info.site.space)
+                start = first - int(segments[place[0]]) * size
+                self._store.read(
+                    self.info,
+                    int(segments[place[0]]),
+                    start,
+                    start + len(place),
+                    out=out[place[0] : place[-1] + 1],
+                )
+        return out

@@ -1,0 +1,195 @@
+"""The Parquet tables of a plan: their columns, and reading a few rows of them by row group.
+
+`TokenTables` and `DocumentTables` answer by reading only the row groups that hold what is asked
+for: looking twenty rows up in a hundred million by a join costs a hundred times as much.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actstore.durable import Verifier
+from actstore.errors import RowNotFound
+
+if TYPE_CHECKING:
+    from actstore.store.meta import Part
+
+TOKENS = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("document", pa.int64()),
+        ("window_id", pa.int64()),
+        ("position", pa.int32()),
+        ("doc_position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("char_start", pa.int32()),
+        ("char_end", pa.int32()),
+        ("flags", pa.uint8()),
+    ]
+)
+"""A row of the token index; ``doc_position`` is -1 for special tokens."""
+
+WINDOWS = pa.schema(
+    [
+        ("space", pa.string()),
+        ("segment", pa.int32()),
+        ("window_id", pa.int64()),
+        ("document", pa.int64()),
+        ("first_token", pa.int32()),
+        ("context_tokens", pa.int32()),
+        ("context_ids", pa.list_(pa.int32())),
+        ("first_row", pa.int64()),
+        ("rows", pa.int32()),
+    ]
+)
+"""A window: its stored rows are ``first_row … first_row + rows``; the context before them is not
+stored, so its token ids stand here."""
+
+DOCUMENTS = pa.schema(
+    [
+        ("document", pa.int64()),
+        ("source", pa.string()),
+        ("n_tokens", pa.int64()),
+        ("text", pa.large_string()),
+        ("metadata", pa.string()),
+    ]
+)
+"""A document: its text as far as it was tokenised, and its metadata as a JSON object."""
+
+VOCABULARY = pa.schema([("token_id", pa.int32()), ("text", pa.string()), ("piece", pa.string())])
+"""A token type: its text with real whitespace, and the tokenizer's own spelling of it."""
+
+DOCUMENT_GROUP = 16
+"""Documents in a row group, so that reading one text does not read all of them."""
+
+_CACHED_GROUPS = 16
+
+
+class _GroupReader:
+    """Reads row groups of the parts' files of one kind, verified on first use, lately used kept."""
+
+    def __init__(self, verifier: Verifier, root: str, kind: str) -> None:
+        self._verifier = verifier
+        self._root = root
+        self._kind = kind
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._lock = threading.Lock()  # scans read ahead in a thread of their own
+
+    def file(self, part: Part, space: str = "") -> pq.ParquetFile:
+        name = part.file(self._kind, space)
+        with self._lock:
+            if name not in self._files:
+                self._verifier.check({name: part.files[name]})
+                self._files[name] = pq.ParquetFile(f"{self._root}/{name}")
+            return self._files[name]
+
+    def group(self, part: Part, number: int, space: str = "") -> pa.Table:
+        file = self.file(part, space)
+        key = (part.file(self._kind, space), number)
+        with self._lock:
+            if key not in self._groups:
+                self._groups[key] = file.read_row_group(number, use_threads=False)
+                if len(self._groups) > _CACHED_GROUPS:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(key)
+            return self._groups[key]
+
+
+class TokenTables(_GroupReader):
+    """The token index of a store, read by row_id."""
+
+    def __init__(self, verifier: Verifier, root: str) -> None:
+        super().__init__(verifier, root, "tokens")
+        self._firsts: dict[tuple[int, str], list[int]] = {}
+
+    def _first_rows(self, part: Part, space: str) -> list[int]:
+        """Return the first row_id of every row group of a part."""
+        key = (part.part, space)
+        if key not in self._firsts:
+            metadata = self.file(part, space).metadata
+            self._firsts[key] = [
+                metadata.row_group(g).column(0).statistics.min
+                for g in range(metadata.num_row_groups)
+            ]
+        return self._firsts[key]
+
+    def span(self, part: Part, start: int, stop: int, space: str = "") -> pa.Table:
+        """Return the tokens of a part with ``start <= row_id < stop``, in order."""
+        firsts = self._first_rows(part, space)
+        pieces = []
+        for number in range(max(0, bisect.bisect_right(firsts, start) - 1), len(firsts)):
+            if firsts[number] >= stop:
+                break
+            group = self.group(part, number, space)
+            ids = group.column(0).to_numpy()
+            low, high = np.searchsorted(ids, [start, stop])
+            pieces.append(group.slice(low, high - low))
+        return pa.concat_tables(pieces) if pieces else TOKENS.empty_table()
+
+    def rows(
+        self, part: Part, row_ids: npt.NDArray[np.int64], space: str = ""
+    ) -> pa.Table:
+        """Return the tokens of the given row_ids of a part, in their order.
+
+        Raises
+        ------
+        RowNotFound
+            If the part has no such row.
+        """
+        firsts = self._first_rows(part, space)
+        order = np.argsort(row_ids, kind="stable")
+        wanted = row_ids[order]
+        numbers = np.searchsorted(firsts, wanted, side="right") - 1
+        pieces = []
+        for number in np.unique(numbers):
+            mine = wanted[numbers == number]
+            group = self.group(part, int(max(number, 0)), space)
+            ids = group.column(0).to_numpy()
+            places = np.minimum(np.searchsorted(ids, mine), len(ids) - 1)
+            if number < 0 or (ids[places] != mine).any():
+                missing = mine[ids[places] != mine]
+                raise RowNotFound(
+                    f"row_id = {int(missing[0] if len(missing) else mine[0])} is a hole: no token "
+                    "was planned there. Row ids come from the `tokens` view or from `top`."
+                )
+            pieces.append(group.take(places))
+        back = np.empty(len(order), dtype=np.int64)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(pieces).take(back) if pieces else TOKENS.empty_table()
+
+
+class DocumentTables(_GroupReader):
+    """The documents of a store, read by number."""
+
+    def __init__(self, verifier: Verifier, root: str) -> None:
+        super().__init__(verifier, root, "documents")
+
+    def row(self, parts: Sequence[Part], document: int) -> dict[str, object]:
+        """Return one document as a dict of its columns.
+
+        Raises
+        ------
+        RowNotFound
+            If there is no such document.
+        """
+        first = 0
+        for part in parts:
+            if 0 <= document - first < part.n_documents:
+                local = document - first
+                group = self.group(part, local // DOCUMENT_GROUP)
+                row: dict[str, object] = group.slice(local % DOCUMENT_GROUP, 1).to_pylist()[0]
+                return row
+            first += part.n_documents
+        raise RowNotFound(
+            f"document = {document} is not in the store; it has documents 0 … {first - 1}."
+        )

@@ -1,0 +1,107 @@
+// The similarity view: a table of all pairs of sites, shaded by value; every cell can be reached by
+// the arrow keys and says its value, interval and warnings.
+
+function draw(view, data) {
+  const { sites, cells, measure } = data;
+  const tip = new Tip(view);
+  const n = sites.length;
+  const groups = [];
+  for (const site of sites) {
+    if (groups.at(-1)?.family === site.family) groups.at(-1).size++;
+    else groups.push({ family: site.family, size: 1 });
+  }
+  const starts = (j) => (j > 0 && sites[j].family !== sites[j - 1].family ? " starts" : "");
+
+  function describe(i, j) {
+    const { value, low, high, note } = cells[i][j];
+    const interval = low === null || high === null ? "" : `, 95\u202f% interval ${low.toFixed(3)} to ${high.toFixed(3)}`;
+    const lines = [value === null ? `${measure}: no value` : `${measure} ${value.toFixed(3)}${interval}`];
+    return note ? [...lines, note] : lines;
+  }
+
+  const nodes = sites.map((row, i) => sites.map((column, j) => {
+    const { value } = cells[i][j];
+    const level = Math.max(0, Math.min(1, value ?? 0));
+    const node = el("td", {
+      role: "gridcell", tabindex: i + j === 0 ? "0" : "-1",
+      class: (value === null ? "none" : level > 0.58 ? "deep" : "") + starts(j),
+      "aria-label": `${row.name} and ${column.name}: ${describe(i, j).join("; ")}`,
+    });
+    node.style.setProperty("--s", level.toFixed(3));
+    return node;
+  }));
+  const bodies = [];
+  let first = 0;
+  for (const group of groups) {
+    bodies.push(el("tbody", {}, ...nodes.slice(first, first + group.size).map((row, k) =>
+      el("tr", { role: "row" },
+        ...(k ? [] : [el("th", { scope: "rowgroup", rowspan: group.size, class: "group" }, group.size > 1 ? group.family : "")]),
+        el("th", { scope: "row" }, group.size > 1 ? String(sites[first + k].layer) : sites[first].name), ...row))));
+    first += group.size;
+  }
+  let j = 0;
+  const groupHeads = groups.map((group) => {
+    const head = el("th", { scope: "colgroup", colspan: group.size, class: `group${starts(j)}` }, group.size > 1 ? group.family : "");
+    j += group.size;
+    return head;
+  });
+  const table = el("table", { role: "grid", "aria-label": `${data.title}; arrow keys go from cell to cell` },
+    el("thead", {}, el("tr", {}, el("td", { class: "corner", colspan: "2" }), ...groupHeads),
+      el("tr", {}, el("td", { class: "corner", colspan: "2" }),
+        ...sites.map((site, k) => el("th", { scope: "col", class: starts(k) }, String(site.layer))))),
+    ...bodies);
+  const heat = el("div", { class: "heat" }, table);
+
+  function place(node) {
+    const i = nodes.findIndex((row) => row.includes(node));
+    return i < 0 ? null : [i, nodes[i].indexOf(node)];
+  }
+  function point(i, k, voice) {
+    tip.show(nodes[i][k], el("b", {}, `${sites[i].name} and ${sites[k].name}`),
+      ...describe(i, k).map((line) => el("div", {}, line)));
+    if (voice) tip.say(nodes[i][k].getAttribute("aria-label"));
+  }
+  table.addEventListener("pointerover", (event) => {
+    const at = place(event.target.closest("td"));
+    if (at) point(...at, false);
+    else tip.hide();
+  });
+  table.addEventListener("pointerleave", () => tip.hide());
+  table.addEventListener("focusin", (event) => {
+    const at = place(event.target);
+    if (at) point(...at, false);
+  });
+  table.addEventListener("focusout", () => tip.hide());
+  table.addEventListener("keydown", (event) => {
+    const at = place(event.target);
+    const by = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+    if (!at || !by) return;
+    event.preventDefault();
+    const to = at.map((x, axis) => Math.max(0, Math.min(n - 1, x + by[axis])));
+    nodes[at[0]][at[1]].tabIndex = -1;
+    nodes[to[0]][to[1]].tabIndex = 0;
+    nodes[to[0]][to[1]].focus();
+  });
+
+  // Cells as large as the width allows; values stand in them where they can be read.
+  function fit() {
+    const size = Math.max(9, Math.min(42, Math.floor((view.clientWidth - 76) / n) - 1));
+    table.style.setProperty("--cell", `${size}px`);
+    nodes.forEach((row, i) => row.forEach((node, k) => {
+      const { value } = cells[i][k];
+      const digits = value === null || size < 20 ? "" : value.toFixed(2);
+      node.textContent = size < 32 ? digits.replace("0.", ".").replace(".00", "").replace("1.00", "1") : digits;
+    }));
+    table.style.fontSize = size < 26 ? "9px" : "11px";
+  }
+
+  view.append(
+    el("header", {}, el("h2", {}, visible(data.title)), facts(data.facts)),
+    heat,
+    el("div", { class: "below" },
+      el("span", {}, el("b", {}, measure), el("br"), scale("0", "0.5", "1")),
+      el("span", {}, "Sites by hook point and layer. Point at a cell, or go there with the arrow keys, ",
+        "for its value, interval and warnings.")));
+  new ResizeObserver(fit).observe(view);
+  fit();
+}
