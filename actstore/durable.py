@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -133,11 +134,49 @@ def to_json(document: Any) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Return the document in a JSON file, or raise `DamagedFile` if it is none."""
+    """Return the document in a JSON file, or raise `DamagedFile` if it is none, or missing."""
     try:
         return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedFile(
+            f"{path} is missing. Restore it from a copy, or capture into a new store."
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise DamagedFile(f"{path} is not the JSON file it should be: {error}.") from error
+        raise DamagedFile(
+            f"{path} is not the JSON file it should be: {error}. Restore it from a copy, or "
+            "capture into a new store."
+        ) from error
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document with the crc32c of its content as the last key.
+
+    Commits and manifests vouch for every other file; nothing else vouches for them.
+    """
+    return {**document, "crc32c": _crc32c_of_json(document)}
+
+
+def unsealed(document: Any, where: object) -> dict[str, Any]:
+    """Return the content of a sealed document.
+
+    Raises
+    ------
+    DamagedFile
+        If it has no seal, or the seal of another content.
+    """
+    if isinstance(document, dict) and "crc32c" in document:
+        content = {key: value for key, value in document.items() if key != "crc32c"}
+        if document["crc32c"] == _crc32c_of_json(content):
+            return content
+    raise DamagedFile(
+        f"{where} has changed since it was written (crc32c does not match). Restore it from a "
+        "copy, or capture into a new store."
+    )
+
+
+def _crc32c_of_json(document: Any) -> int:
+    # As JSON gives it back: tuples are lists there, and keys are strings.
+    return int(google_crc32c.value(json.dumps(document, sort_keys=True).encode()))
 
 
 class TableWriter:

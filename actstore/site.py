@@ -66,7 +66,7 @@ class Site:
     @property
     def folder(self) -> str:
         """Relative folder of the site's array: ``mlp_post/5`` or ``encoder/mlp_post/5``."""
-        return f"{self.space}/{self.hook}/{self.layer}" if self.space else f"{self.hook}/{self.layer}"
+        return f"{self.family.replace('.', '/')}/{self.layer}"
 
     @classmethod
     def parse(cls, text: str) -> Site:
@@ -173,7 +173,8 @@ def summarize(sites: Iterable[Site]) -> str:
             if number is not None and number == previous + 1:
                 previous = number
                 continue
-            runs.append(f"{family}.{start}" if start == previous else f"{family}.{start}–{previous}")
+            last = "" if start == previous else f"–{previous}"
+            runs.append(f"{family}.{start}{last}")
             if number is not None:
                 start = previous = number
         parts.append(", ".join(runs))

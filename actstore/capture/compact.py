@@ -184,4 +184,3 @@ def _exemplars(store: CoreStore, info: SiteInfo, lists: TopKState) -> pa.Table:
         table, sort_keys=[("neuron", "ascending"), ("side", "descending"), ("rank", "ascending")]
     )
     return table.take(order).combine_chunks().cast(EXEMPLARS)
-

@@ -11,7 +11,7 @@ import platform
 import tempfile
 import uuid
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +34,9 @@ from actstore.store.budget import Progress, parse_budget
 SEGMENT_BYTES = 512 * 2**20
 """A segment takes at most this, or an eighth of the budget if that is more."""
 
+DEFAULT_SITES = ("mlp_post", "resid_pre.0", "resid_post")
+"""All neurons and hidden states, none of them twice: resid_pre.i is resid_post.(i-1)."""
+
 DTYPES = ("auto", "float16", "float32", "bfloat16")
 
 _PROBE_TOKENS = 1024
@@ -47,8 +50,8 @@ _COMPACT_EVERY = 64
 class Settings:
     """How a model is captured; None leaves it to the defaults, or to the store that exists."""
 
-    sites: str | Site | tuple[str | Site, ...] | None = None
-    """Sites or patterns such as ``"mlp_post"`` or ``"resid_post.3-5"``."""
+    sites: str | Site | Sequence[str | Site] | None = None
+    """Sites or patterns such as ``"mlp_post"`` or ``"resid_post.3-5"``; default `DEFAULT_SITES`."""
     dtype: str = "auto"
     """Stored dtype, one of `DTYPES`; ``"auto"`` decides for each site."""
     context: int | None = None
@@ -140,11 +143,9 @@ def _first(corpus: Corpus) -> list[Any]:
     return []
 
 
-def new_meta(
-    model: LanguageModel, corpus: Corpus, settings: Settings, budget: int
-) -> StoreMeta:
+def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: int) -> StoreMeta:
     """Return the facts of a store to be made."""
-    wanted = model.select(settings.sites)
+    wanted = model.select(settings.sites or DEFAULT_SITES)
     context = settings.context or min(_DEFAULT_CONTEXT, model.context_limit)
     overlap = settings.overlap or 0
     n_special = len(model.prefix_ids) + len(model.suffix_ids)

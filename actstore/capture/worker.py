@@ -117,7 +117,7 @@ class _Band:
         columns = buffer.shape[2]
         full = width // columns
         buffer[:full, row : row + n].copy_(
-            values[:, : full * columns].unflatten(1, (full, columns)).transpose(0, 1)
+            values[:, : full * columns].reshape(n, full, columns).transpose(0, 1)
         )
         if width % columns:
             buffer[full, row : row + n, : width % columns].copy_(values[:, full * columns :])
@@ -407,9 +407,7 @@ class Worker:
             self.timing.writing += time.perf_counter() - started
 
     def _commit(self, work: _SegmentWork) -> None:
-        found = {
-            info.site: work.folds.finish(i) for i, info in enumerate(self._store.meta.sites)
-        }
+        found = {info.site: work.folds.finish(i) for i, info in enumerate(self._store.meta.sites)}
         arrays: dict[str, npt.NDArray[Any]] = {}
         for site, folds in found.items():
             arrays |= pack(site, "moments", folds.moments)

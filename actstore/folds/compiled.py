@@ -16,8 +16,10 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def compiled(function: Function) -> Function:
-    """Compile a function with numba: without the GIL, cached, and without reassociation.
+    """Compile a function with numba: without the GIL, cached, inlined, without reassociation.
 
-    No fast-math: a column's sums then have the same bits wherever the columns around it are cut.
+    Inlined, because an array handed to a function costs a dozen arguments.  No fast-math, so that
+    a column's sums have the same bits wherever the columns around it are cut.
     """
-    return cast(Function, numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)(function))
+    compile_ = numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+    return cast(Function, compile_(function))

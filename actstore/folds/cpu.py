@@ -35,9 +35,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -47,6 +46,7 @@ from actstore.folds.base import Array
 from actstore.folds.compiled import compiled
 from actstore.folds.moments import MomentsState, from_power_sums
 from actstore.folds.topk import Ranked, Thresholds, TopKState
+from actstore.shard import DTYPES
 
 GROUP = 8
 """Rows taken together; an accumulator is then read and written once in eight values."""
@@ -59,17 +59,13 @@ SAMPLE_ROWS = 64
 
 _TOP, _BOTTOM = 0, 1
 _NAN, _OVERFLOW = 0, 1
-_FLOAT32_MAX = np.finfo(np.float32).max
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NOWHERE = np.uint64(2**64 - 1)
 _LOW = np.uint64(2**32 - 1)
 _SIGN = np.uint64(2**31)
 
 _BITS = {"float16": np.uint16, "bfloat16": np.int16, "float32": np.uint32}
-_DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
+_LARGEST = {"float16": 0x7BFF, "bfloat16": 0x7F7F, "float32": 0x7F7FFFFF}
 
 
 class _Sums(NamedTuple):
@@ -78,7 +74,7 @@ class _Sums(NamedTuple):
     shift: NDArray[np.float64]
     """What the powers are taken about; NaN until the first rows come."""
     powers: NDArray[np.float64]
-    """Sums of (value - shift)**p for p = 1 … 4 and of the squares of positive values, (5, width)."""
+    """Sums of (value - shift)**p, p = 1 … 4, and of the squares of positive values: (5, width)."""
     extremes: NDArray[np.float32]
     """Largest and smallest value, (2, width)."""
     n: NDArray[np.int64]
@@ -101,7 +97,7 @@ class _Candidates(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """NaN and overflow met by one thread in one call."""
+    """NaN and overflow that were met."""
 
     counts: NDArray[np.int64]
     """How many, (2,)."""
@@ -182,13 +178,17 @@ class BandFolds:
             raise ArgumentError(
                 f"{len(widths)} widths and {len(dtypes)} dtypes were given; give one each a site."
             )
-        if unknown := sorted(set(dtypes) - set(_DTYPES)):
-            raise ArgumentError(f"dtype {unknown[0]!r} is not one of {', '.join(_DTYPES)}.")
+        if min(widths, default=1) < 1:
+            raise ArgumentError(f"a width of {min(widths)} is no site; give widths >= 1.")
+        if unknown := sorted(set(dtypes) - set(DTYPES)):
+            raise ArgumentError(
+                f"dtype {unknown[0]!r} cannot be stored; choose one of {', '.join(DTYPES)}."
+            )
         if k < 1:
             raise ArgumentError(f"k = {k} keeps nothing; give k >= 1.")
         self.first_row_id = first_row_id
         self.k = k
-        self._n_threads = n_threads or len(os.sched_getaffinity(0))
+        self._n_threads = n_threads or _n_cpus()
         # Its threads end with this object; none start before the first band.
         self._pool = ThreadPoolExecutor(self._n_threads) if self._n_threads > 1 else None
         self._sites = [_Site(width, dtype, k) for width, dtype in zip(widths, dtypes, strict=True)]
@@ -250,13 +250,13 @@ class BandFolds:
                 f"first_offset = {first_offset} at {where} must be between {site.next_offset}, "
                 "where the last band ended, and 2**32; give the bands in the order of their rows."
             )
-        site.next_offset = first_offset + bits.shape[1]
         if thresholds is not None:
             site.tighten(thresholds, where)
+        site.next_offset = first_offset + bits.shape[1]
         jobs = []
         for rows, sums, candidates in (
             (content, site.content, site.candidates),
-            (others, site.others, site.no_candidates),
+            (others, site.others, site.unlisted),
         ):
             if rows.size:
                 if np.isnan(sums.shift[0]):
@@ -264,7 +264,7 @@ class BandFolds:
                 jobs.append((rows, sums, candidates))
 
         def fold(columns: tuple[int, int]) -> _Found:
-            found = _Found(np.zeros(2, np.int64), np.full((2, N_PLACES), _NOWHERE))
+            found = _nothing_found()
             for job in jobs:
                 _fold_columns(bits, site.saturated, first_offset, columns, *job, found)
             return found
@@ -286,6 +286,12 @@ class BandFolds:
         )
 
 
+def _n_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class _Site:
     """The running state of one site and what its bands must look like."""
 
@@ -294,16 +300,13 @@ class _Site:
         self.dtype = dtype
         self.next_offset = 0
         self.content, self.others = _no_sums(width), _no_sums(width)
-        # Touched, and so resident, only as far as candidates come.
-        keys = np.empty((2, width, max(2 * k, 64)), np.uint64)
-        limits = np.array([[-np.inf], [np.inf]], np.float32).repeat(width, axis=1)
-        self.candidates = _Candidates(keys, np.zeros((2, width), np.int32), limits, k)
+        self.candidates = _no_candidates(width, max(2 * k, 64), (-np.inf, np.inf), k)
         # Nothing finite passes these limits: the other rows enter no list.
-        nothing = np.array([[_FLOAT32_MAX], [-_FLOAT32_MAX]], np.float32).repeat(width, axis=1)
-        self.no_candidates = _Candidates(keys[:, :, :0].copy(), self.candidates.counts, nothing, k)
-        largest = ml_dtypes.finfo(_DTYPES[dtype]).max
-        self.saturated = np.array([-largest, largest], _DTYPES[dtype]).view(_BITS[dtype])
-        self.found = _Found(np.zeros(2, np.int64), np.full((2, N_PLACES), _NOWHERE))
+        self.unlisted = _no_candidates(width, GROUP, (_FLOAT32_MAX, -_FLOAT32_MAX), k)
+        n_bits = 8 * DTYPES[dtype].itemsize
+        largest = np.array([1 << n_bits - 1, 0], f"u{n_bits // 8}") | _LARGEST[dtype]
+        self.saturated = largest.view(_BITS[dtype])
+        self.found = _nothing_found()
 
     def arrays(self) -> Iterator[Array]:
         for state in (self.content, self.others, self.candidates):
@@ -312,7 +315,7 @@ class _Site:
     def bits_of(self, band: Array, where: str) -> Array:
         """Return the band's bits, after checking that it is a band of this site."""
         integer = np.dtype(_BITS[self.dtype])
-        if band.dtype != _DTYPES[self.dtype] and not (
+        if band.dtype != DTYPES[self.dtype] and not (
             band.dtype.kind in "iu" and band.dtype.itemsize == integer.itemsize
         ):
             raise ArgumentError(
@@ -335,7 +338,7 @@ class _Site:
     def sample_mean(self, bits: Array, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the mean of some of the rows, evenly spread; 0 where all of them are NaN."""
         chosen = rows[np.linspace(0, rows.size - 1, min(rows.size, SAMPLE_ROWS)).astype(np.int64)]
-        sample = bits[:, chosen].view(_DTYPES[self.dtype]).astype(np.float64)
+        sample = bits[:, chosen].view(DTYPES[self.dtype]).astype(np.float64)
         sample = sample.transpose(1, 0, 2).reshape(chosen.size, -1)[:, : self.width]
         valid = ~np.isnan(sample)
         total = np.where(valid, np.clip(sample, -_FLOAT32_MAX, _FLOAT32_MAX), 0.0).sum(axis=0)
@@ -379,6 +382,20 @@ def _no_sums(width: int) -> _Sums:
         extremes=np.array([[-np.inf], [np.inf]], np.float32).repeat(width, axis=1),
         n=np.zeros(width, np.int64),
         n_positive=np.zeros(width, np.int64),
+    )
+
+
+def _nothing_found() -> _Found:
+    return _Found(np.zeros(2, np.int64), np.full((2, N_PLACES), _NOWHERE))
+
+
+def _no_candidates(width: int, capacity: int, limits: tuple[float, float], k: int) -> _Candidates:
+    return _Candidates(
+        # Not filled: resident only as far as candidates come.
+        keys=np.empty((2, width, capacity), np.uint64),
+        counts=np.zeros((2, width), np.int32),
+        limits=np.array(limits, np.float32)[:, None].repeat(width, axis=1),
+        k=k,
     )
 
 
@@ -466,6 +483,9 @@ def _fold_columns(
     found: _Found,
 ) -> None:
     """Fold some columns of the given rows of a band into the running state."""
+    # Taken apart here, once: an array got from a tuple is counted, which inner loops would feel.
+    keys, n_keys, site_limits, k = candidates
+    site_shift, site_powers, site_extremes, site_n, site_n_positive = sums
     chunk_columns = bits.shape[2]
     # The running state of a tile, copied to arrays whose rows lie a constant TILE apart: the
     # compiler can then see that the loops below may be vectorised.
@@ -476,8 +496,7 @@ def _fold_columns(
     shift = np.empty(TILE, np.float64)
     powers = np.empty(5 * TILE, np.float64)
     n_positive = np.empty(TILE, np.int32)
-    flags = np.empty(TILE, np.uint8)
-    eight_flags = flags.view(np.uint64)
+    flags = np.empty(TILE, np.int8)
 
     first, last = columns
     while first < last:
@@ -485,116 +504,139 @@ def _fold_columns(
         width = min(chunk_columns - start, last - first)
         for column in range(width):
             for side in range(2):
-                limits[side * TILE + column] = candidates.limits[side, first + column]
-                extremes[side * TILE + column] = sums.extremes[side, first + column]
+                limits[side * TILE + column] = site_limits[side, first + column]
+                extremes[side * TILE + column] = site_extremes[side, first + column]
             for power in range(5):
                 powers[power * TILE + column] = 0.0
-            shift[column] = sums.shift[first + column]
+            shift[column] = site_shift[first + column]
             n_positive[column] = 0
         for column in range(TILE):
             flags[column] = 0
 
         for begin in range(0, rows.size, GROUP):
-            group = rows[begin : begin + GROUP]
-            for i in range(GROUP):
-                if i < group.size:
-                    row_bits = bits[chunk, group[i], start : start + width]
-                    _convert(row_bits, values[i * TILE : i * TILE + width])
-                else:
-                    for column in range(width):
-                        values[i * TILE + column] = np.nan
-            _screen(values, limits, flags, width)
-            for word in range((width + 7) // 8):
-                if eight_flags[word] == 0:
-                    continue
-                for column in range(8 * word, min(8 * word + 8, width)):
-                    if flags[column] == 0:
-                        continue
-                    for i in range(group.size):
-                        value = values[i * TILE + column]
-                        if abs(value) <= _FLOAT32_MAX:
-                            continue
-                        kind = _NAN if value != value else _OVERFLOW
-                        _note(found, kind, first_offset + group[i], first + column)
-                        if kind == _NAN:
-                            sums.n[first + column] -= 1
-                        else:
-                            code = saturated[1 if value > 0 else 0]
-                            bits[chunk, group[i], start + column] = code
-                            values[i * TILE + column] = to_float(code)
-                    for side in range(2):
-                        _add_candidates(
-                            candidates,
-                            side,
-                            first + column,
-                            group,
-                            first_offset,
-                            values,
-                            codes,
-                            limits,
-                            column,
-                        )
+            n_rows = min(GROUP, rows.size - begin)
+            _convert(bits, chunk, start, rows, begin, n_rows, values, width)
+            if _screen(values, limits, flags, width):
+                _examine(
+                    *(bits, saturated, chunk, start, rows, begin, n_rows, first_offset),
+                    *(values, codes, limits, flags, first, width),
+                    *(keys, n_keys, k, site_n, found),
+                )
             _add_extremes(values, extremes, n_positive, width)
             _add_powers(values, shift, powers, width)
 
         for column in range(width):
             for side in range(2):
-                candidates.limits[side, first + column] = limits[side * TILE + column]
-                sums.extremes[side, first + column] = extremes[side * TILE + column]
+                site_limits[side, first + column] = limits[side * TILE + column]
+                site_extremes[side, first + column] = extremes[side * TILE + column]
             for power in range(5):
-                sums.powers[power, first + column] += powers[power * TILE + column]
-            sums.n[first + column] += rows.size
-            sums.n_positive[first + column] += n_positive[column]
+                site_powers[power, first + column] += powers[power * TILE + column]
+            site_n[first + column] += rows.size
+            site_n_positive[first + column] += n_positive[column]
         first += width
 
 
 @compiled
-def _add_candidates(
-    candidates: _Candidates,
-    side: int,
-    site_column: int,
-    group: NDArray[np.int64],
+def _examine(
+    bits: Array,
+    saturated: Array,
+    chunk: int,
+    start: int,
+    rows: NDArray[np.int64],
+    begin: int,
+    n_rows: int,
     first_offset: int,
     values: NDArray[np.float32],
     codes: NDArray[np.uint32],
     limits: NDArray[np.float32],
-    column: int,
+    flags: NDArray[np.int8],
+    first: int,
+    width: int,
+    keys: NDArray[np.uint64],
+    n_keys: NDArray[np.int32],
+    k: int,
+    site_n: NDArray[np.int64],
+    found: _Found,
 ) -> None:
-    """Keep a group's values of one column that lie beyond its limit."""
-    all_keys, count = candidates.keys, candidates.counts[side, site_column]
-    flip = _LOW if side == _BOTTOM else np.uint64(0)
-    limit = limits[side * TILE + column]
-    for i in range(group.size):
-        value, code = values[i * TILE + column], np.uint64(codes[i * TILE + column])
-        rank = code ^ (_LOW if code & _SIGN else _SIGN) ^ flip
-        # Written in any case and kept if it counts: no branch to guess wrong.
-        all_keys[side, site_column, count] = rank << np.uint64(32) | (_LOW - np.uint64(first_offset + group[i]))
-        count += np.int64(value < limit if side == _BOTTOM else value > limit)
-    if count > all_keys.shape[2] - GROUP:
-        keys = all_keys[side, site_column]
-        _keep_best(keys, count, candidates.k)
-        count = candidates.k
-        rank = (keys[count - 1] >> np.uint64(32)) ^ flip
-        kth = to_float(np.uint32(rank ^ (_SIGN if rank & _SIGN else _LOW)))
-        limits[side * TILE + column] = min(limit, kth) if side == _BOTTOM else max(limit, kth)
-    candidates.counts[side, site_column] = count
+    """Look at the flagged columns of a group value by value: faults, then candidates."""
+    eight_flags = flags.view(np.uint64)
+    for word in range((width + 7) // 8):
+        if eight_flags[word] == 0:
+            continue
+        for column in range(8 * word, min(8 * word + 8, width)):
+            if flags[column] == 0:
+                continue
+            site_column, sides = first + column, int(flags[column])
+            for i in range(n_rows):
+                value = values[i * TILE + column]
+                if abs(value) <= _FLOAT32_MAX:
+                    continue
+                row = rows[begin + i]
+                kind = _NAN if value != value else _OVERFLOW
+                _note(found, kind, first_offset + row, site_column)
+                if kind == _NAN:
+                    site_n[site_column] -= 1
+                else:
+                    code = saturated[1 if value > 0 else 0]
+                    bits[chunk, row, start + column] = code
+                    values[i * TILE + column] = to_float(code)
+                    sides = 3
+            for side in range(2):
+                if not sides >> side & 1:
+                    continue
+                flip = _LOW if side == _BOTTOM else np.uint64(0)
+                limit = limits[side * TILE + column]
+                n = int(n_keys[side, site_column])
+                for i in range(n_rows):
+                    value, code = values[i * TILE + column], np.uint64(codes[i * TILE + column])
+                    rank = code ^ (_LOW if code & _SIGN else _SIGN) ^ flip
+                    offset = np.uint64(first_offset + rows[begin + i])
+                    # Written in any case and kept if it counts: no branch to guess wrong.
+                    keys[side, site_column, n] = rank << np.uint64(32) | (_LOW - offset)
+                    n += int(value < limit if side == _BOTTOM else value > limit)
+                if n > keys.shape[2] - GROUP:
+                    _keep_best(keys[side, site_column], n, k)
+                    n = k
+                    rank = (keys[side, site_column, k - 1] >> np.uint64(32)) ^ flip
+                    kth = to_float(np.uint32(rank ^ (_SIGN if rank & _SIGN else _LOW)))
+                    limit = min(limit, kth) if side == _BOTTOM else max(limit, kth)
+                    limits[side * TILE + column] = limit
+                n_keys[side, site_column] = n
 
 
 @compiled
-def _convert(row_bits: Array, values: NDArray[np.float32]) -> None:
-    """Write bits as float32, -0.0 as 0.0."""
-    for column in range(values.size):
-        values[column] = to_float(row_bits[column]) + np.float32(0.0)
+def _convert(
+    bits: Array,
+    chunk: int,
+    start: int,
+    rows: NDArray[np.int64],
+    begin: int,
+    n_rows: int,
+    values: NDArray[np.float32],
+    width: int,
+) -> None:
+    """Write a group as float32, -0.0 as 0.0, and NaN for the rows that a last group lacks."""
+    for i in range(GROUP):
+        if i < n_rows:
+            row = rows[begin + i]
+            # An unsigned index needs no test for counting from the end.
+            for column in range(width):
+                value = to_float(bits[chunk, row, np.uint64(start + column)])
+                values[np.uint64(i * TILE + column)] = value + np.float32(0.0)
+        else:
+            for column in range(width):
+                values[np.uint64(i * TILE + column)] = np.nan
 
 
 @compiled
 def _screen(
     values: NDArray[np.float32],
     limits: NDArray[np.float32],
-    flags: NDArray[np.uint8],
+    flags: NDArray[np.int8],
     width: int,
-) -> None:
-    """Flag the columns with a value beyond a limit, or that is NaN or infinite."""
+) -> bool:
+    """Flag columns with a value beyond the top (1) or bottom (2) limit or NaN (4); say if any."""
+    n_flagged = 0
     for column in range(width):
         high, low, is_nan = -np.float32(np.inf), np.float32(np.inf), False
         for i in range(GROUP):
@@ -602,7 +644,10 @@ def _screen(
             high = value if value > high else high
             low = value if value < low else low
             is_nan |= value != value
-        flags[column] = (high > limits[column]) | (low < limits[TILE + column]) | is_nan
+        flag = (high > limits[column]) + 2 * (low < limits[TILE + column]) + 4 * is_nan
+        flags[column] = flag
+        n_flagged += flag
+    return n_flagged > 0
 
 
 @compiled
@@ -690,6 +735,6 @@ def _note(found: _Found, kind: int, offset: int, column: int) -> None:
 
 def warm_up() -> None:
     """Compile, or load from the cache, what `BandFolds` runs: some seconds the first time."""
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         folds = BandFolds([1], [dtype], first_row_id=0, k=1, n_threads=1)
-        folds.update(0, np.zeros((1, 1, 1), _DTYPES[dtype]), np.arange(1), np.arange(0))
+        folds.update(0, np.zeros((1, 1, 1), DTYPES[dtype]), np.arange(1), np.arange(0))

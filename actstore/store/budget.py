@@ -37,7 +37,7 @@ def parse_budget(budget: int | str | None) -> int:
     2000000000
     """
     if budget is None:
-        return min(4 * 2**30, psutil.virtual_memory().available // 2)
+        return min(4 * 2**30, int(psutil.virtual_memory().available) // 2)
     if isinstance(budget, str):
         match = _SIZE.fullmatch(budget)
         if not match:

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,10 +119,8 @@ class CoreStore:
             "node_type": "group",
             "attributes": {"actstore": meta.to_json()},
         }
-        try:
+        with suppress(FileExistsError):
             durable.create(folder / "zarr.json", durable.to_json(document))
-        except FileExistsError:
-            pass
         return cls(folder)
 
     # -- the plan ------------------------------------------------------------------------------
@@ -138,9 +137,7 @@ class CoreStore:
         self.committed = self._list_commits()
 
     def _read_parts(self) -> list[Part]:
-        names = sorted(
-            path for path in (self.path / "plan").glob("*.json") if path.stem.isdigit()
-        )
+        names = sorted(path for path in (self.path / "plan").glob("*.json") if path.stem.isdigit())
         parts = []
         for number, path in enumerate(names):
             try:
@@ -323,9 +320,7 @@ class CoreStore:
                     "Restore it from a copy, or capture into a new store."
                 ) from None
             label = f"{name} of {self.path} (segment {segment})"
-            reader = ShardReader(
-                file.fileno(), layout, facts.n_bytes, label, facts.chunks_crc32c
-            )
+            reader = ShardReader(file.fileno(), layout, facts.n_bytes, label, facts.chunks_crc32c)
             if key in self._verified:
                 reader.verified = self._verified[key]
             self._verified[key] = reader.verified

@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 class ResultWriter:
-    """Writes one result; a context manager that leaves nothing behind unless `finish` was called."""
+    """Writes one result; leaves nothing behind unless `finish` was called."""
 
     def __init__(
         self, root: Path, kind: str, name: str | None, provenance: Mapping[str, Any]
@@ -144,8 +144,8 @@ class RowsArray:
             facts = writer.finish()
         durable.publish(durable.partial_of(path), path)
         self._facts[f"c/{segment}/0"] = FileFacts(
-                facts.n_bytes, facts.crc32c, facts.checksums_crc32c
-            )
+            facts.n_bytes, facts.crc32c, facts.checksums_crc32c
+        )
 
     def finish(self, n_segments: int) -> dict[str, FileFacts]:
         """Write the array's metadata; return the facts of its files."""

@@ -98,9 +98,7 @@ class SegmentWriter:
             facts = writer.finish()
             file.close()
             durable.publish(durable.partial_of(path), path)
-            self._files[name] = FileFacts(
-                facts.n_bytes, facts.crc32c, facts.checksums_crc32c
-            )
+            self._files[name] = FileFacts(facts.n_bytes, facts.crc32c, facts.checksums_crc32c)
         commit = Commit(
             self.segment.segment,
             self.segment.rows,
@@ -115,9 +113,7 @@ class SegmentWriter:
         )
         durable.make_folder(self._store.path / "commits")
         try:
-            durable.create(
-                self._store.path / self._commit_name, durable.to_json(commit.to_json())
-            )
+            durable.create(self._store.path / self._commit_name, durable.to_json(commit.to_json()))
         except FileExistsError:
             raise StoreMismatch(
                 f"segment {self.segment.segment} of {self._store.path} is committed already; "

@@ -136,9 +136,7 @@ class TokenTables(_GroupReader):
             pieces.append(group.slice(low, high - low))
         return pa.concat_tables(pieces) if pieces else TOKENS.empty_table()
 
-    def rows(
-        self, part: Part, row_ids: npt.NDArray[np.int64], space: str = ""
-    ) -> pa.Table:
+    def rows(self, part: Part, row_ids: npt.NDArray[np.int64], space: str = "") -> pa.Table:
         """Return the tokens of the given row_ids of a part, in their order.
 
         Raises

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,29 +26,22 @@ from pathlib import Path
 from typing import Any
 
 from actstore.errors import ArgumentError
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_BIDI = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+from actstore.query import visible
 
 
 def escape(text: object) -> str:
-    """Return text for HTML: escaped, with nothing left that is invisible or not Unicode.
-
-    Control characters become their pictures, marks of writing direction and lone surrogates
-    U+FFFD.
+    r"""Return text for HTML: escaped, with nothing left that cannot be seen.
 
     Examples
     --------
-    >>> escape("<b>\\x00")
-    '&lt;b&gt;␀'
+    >>> escape("<b>\x00")
+    '&lt;b&gt;\\x00'
     """
-    plain = _CONTROL.sub(lambda m: "␡" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])), str(text))
-    return html.escape(_SURROGATE.sub("\ufffd", _BIDI.sub("\ufffd", plain)))
+    return html.escape(visible(str(text)))
 
 
 def script_json(data: object) -> str:
-    """Return data as JSON that can stand inside a script element, whatever text it holds.
+    r"""Return data as JSON that can stand inside a script element, whatever text it holds.
 
     Raises
     ------
@@ -59,7 +51,7 @@ def script_json(data: object) -> str:
     Examples
     --------
     >>> print(script_json("</script>"))
-    "\\u003c/script\\u003e"
+    "\u003c/script\u003e"
     """
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

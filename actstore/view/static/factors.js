@@ -1,6 +1,8 @@
 // The factor view: an overview of all factors, one document shaded by the factor that is shown, and
 // what that factor is made of. Hovering shows a factor; a click or an arrow key chooses it.
 
+const STRONG = 0.75; // of the scale: from here on a token is underlined too
+
 function draw(view, data) {
   const { factors, sites, documents } = data;
   const tip = new Tip(view);
@@ -153,7 +155,7 @@ function draw(view, data) {
     for (const span of spans) {
       const level = Math.min(1, (strongest(shown, span) ?? 0) / top);
       span.node.style.setProperty("--s", level.toFixed(3));
-      span.node.className = level > 0.58 ? "deep strong" : level >= 0.5 ? "strong" : "";
+      span.node.className = (level > DEEP ? "deep" : "") + (level >= STRONG ? " strong" : "");
       if (span.hit) span.node.classList.add("hit");
     }
     if (cursor >= 0) spans[cursor].node.classList.add("here");
@@ -217,7 +219,7 @@ function draw(view, data) {
     select.replaceChildren(...found.map(([doc, i]) =>
       el("option", { value: i }, `${marked(named(doc)).replaceAll("\u2423", " ")} (${number(doc.n_tokens)} tokens)`)));
     count.textContent = wanted
-      ? `${found.length} of ${documents.length} hold it` : data.documents_note;
+      ? `${found.length} of ${documents.length} match` : data.documents_note;
     return found.map(([, i]) => i);
   }
 
@@ -272,7 +274,7 @@ function draw(view, data) {
     const { factor, scale: top } = factors[index];
     legend.replaceChildren(
       el("span", {}, el("b", {}, `Score of factor ${factor}`), ", the same scale in all documents",
-        el("br"), el("u", {}, "underlined"), `: ${number(top / 2)} and more`),
+        el("br"), el("u", {}, "underlined"), `: ${number(STRONG * top)} and more`),
       scale("0", number(top / 2), `\u2265\u202f${number(top)}`));
     shade();
   }
@@ -280,7 +282,7 @@ function draw(view, data) {
   function neuronTable(factor) {
     const most = Math.max(...factor.neurons.map(([, share]) => share), 1e-9);
     return el("table", {},
-      el("thead", {}, el("tr", {}, ...["site", "share of the factor", "neurons with the largest loadings"]
+      el("thead", {}, el("tr", {}, ...["site", "share of the factor", "strongest neurons (loading)"]
         .map((head) => el("th", { scope: "col" }, head)))),
       el("tbody", {}, ...factor.neurons.map(([site, share, neurons]) => {
         const bar = el("i", { "aria-hidden": "true" });
@@ -288,14 +290,14 @@ function draw(view, data) {
         return el("tr", {}, el("th", { scope: "row" }, sites[site].name),
           el("td", { class: "share" }, bar, percent(share)),
           el("td", {}, ...neurons.map(([neuron, loading]) =>
-            el("span", { class: "neuron" }, String(neuron), el("span", { class: "soft" }, ` ${number(loading)}`)))));
+            el("span", { class: "neuron" }, String(neuron), el("span", { class: "soft" }, ` (${number(loading)})`)))));
       })));
   }
 
-  function exemplar([row_id, value, document, source, before, token, after]) {
+  function exemplar({ row_id, value, document, source, before, token, after }) {
     const index = documents.findIndex((doc) => doc.document === document);
     const button = el("button", index < 0 ? { disabled: "" } : { title: "Show it in its document" },
-      el("span", { class: "right" }, number(value)),
+      el("span", { class: "right" }, value.toPrecision(3)),
       el("bdi", { class: "snippet", dir: "auto" }, visible(before), el("b", {}, token.trim() ? visible(token) : marked(token)), visible(after)),
       el("span", { class: "where" }, el("bdi", {}, visible(source || `document ${document}`)), `, row_id ${row_id}`));
     button.addEventListener("click", () => {

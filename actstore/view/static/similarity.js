@@ -24,7 +24,7 @@ function draw(view, data) {
     const level = Math.max(0, Math.min(1, value ?? 0));
     const node = el("td", {
       role: "gridcell", tabindex: i + j === 0 ? "0" : "-1",
-      class: (value === null ? "none" : level > 0.58 ? "deep" : "") + starts(j),
+      class: (value === null ? "none" : level > DEEP ? "deep" : "") + starts(j),
       "aria-label": `${row.name} and ${column.name}: ${describe(i, j).join("; ")}`,
     });
     node.style.setProperty("--s", level.toFixed(3));
@@ -41,7 +41,8 @@ function draw(view, data) {
   }
   let j = 0;
   const groupHeads = groups.map((group) => {
-    const head = el("th", { scope: "colgroup", colspan: group.size, class: `group${starts(j)}` }, group.size > 1 ? group.family : "");
+    const head = el("th", { scope: "colgroup", colspan: group.size, class: "group" + starts(j) },
+      group.size > 2 ? group.family : el("span", { class: "thin" }, group.family));
     j += group.size;
     return head;
   });
@@ -85,7 +86,7 @@ function draw(view, data) {
 
   // Cells as large as the width allows; values stand in them where they can be read.
   function fit() {
-    const size = Math.max(9, Math.min(42, Math.floor((view.clientWidth - 76) / n) - 1));
+    const size = Math.max(9, Math.min(48, Math.floor((view.clientWidth - 76) / n) - 1));
     table.style.setProperty("--cell", `${size}px`);
     nodes.forEach((row, i) => row.forEach((node, k) => {
       const { value } = cells[i][k];
@@ -97,11 +98,11 @@ function draw(view, data) {
 
   view.append(
     el("header", {}, el("h2", {}, visible(data.title)), facts(data.facts)),
-    heat,
-    el("div", { class: "below" },
-      el("span", {}, el("b", {}, measure), el("br"), scale("0", "0.5", "1")),
-      el("span", {}, "Sites by hook point and layer. Point at a cell, or go there with the arrow keys, ",
-        "for its value, interval and warnings.")));
+    el("div", { class: "plate" }, heat,
+      el("div", { class: "key" },
+        el("div", {}, el("b", {}, measure), el("br"), scale("0", "0.5", "1")),
+        el("p", {}, "Sites by hook point and layer. Point at a cell, or go there with the arrow keys, ",
+          "for its value, interval and warnings."))));
   new ResizeObserver(fit).observe(view);
   fit();
 }

@@ -1,6 +1,8 @@
 // Shared by all views. Elements are made of attributes and text nodes, never parsed from markup,
 // so text of a corpus cannot become anything else.
 
+const DEEP = 0.64; // of a colour scale: from here on text on it is of the other lightness
+
 const SVG = "http://www.w3.org/2000/svg";
 
 function fill(node, attributes, children) {

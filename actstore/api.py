@@ -1,0 +1,475 @@
+"""The public face: open a store or make one by capture, then ask.
+
+`Store` is the core store with one-line methods that call the packages above it; the same calls
+stand behind the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.errors import ArgumentError
+from actstore.site import Site
+from actstore.store import CoreStore, Rows
+from actstore.store.budget import Progress, parse_budget
+from actstore.store.info import Info, info
+
+if TYPE_CHECKING:
+    import dask.array
+    import duckdb
+
+    from actstore.capture import Estimate
+    from actstore.query import Answer, Top
+    from actstore.view import Factors, Similarity
+
+Sites = str | Site | Iterable[str | Site] | None
+
+
+class Store(CoreStore):
+    """A store: for every site of a model, a matrix of activations, rows = tokens.
+
+    ``store["mlp_post.5"][row_ids]`` reads rows as NumPy, ``store.sql(…)`` asks in SQL,
+    ``store.top(…)``, ``store.nmf(…)`` and ``store.similarity(…)`` compute.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder of the store.
+
+    Raises
+    ------
+    StoreNotFound
+        If the folder holds no store.
+
+    Examples
+    --------
+    >>> import actstore
+    >>> store = actstore.capture(model, text="The keys to the cabinet", tokenizer=tokenizer)
+    >>> store["mlp_post.1"][store["mlp_post.1"].row_ids()].shape
+    (5, 64)
+    """
+
+    def __repr__(self) -> str:
+        return (
+            f"<Store {self.path}: {self.meta.model['name']}, {self.n_rows():,} rows x "
+            f"{len(self.sites)} sites>"
+        )
+
+    def info(self) -> Info:
+        """Return the store at a glance: model, corpus, rows, sites and their modules, results."""
+        return info(self)
+
+    def finish(self, progress: Progress | None = None) -> None:
+        """Compact what is committed into the index; `capture` does so at its end.
+
+        One pass over the partials of segments the index does not cover.
+        """
+        from actstore.capture import compact
+
+        compact(self, progress=progress)
+
+    def sql(self, query: str, /, **params: Any) -> Answer:
+        """Answer a question in SQL; reads only the files and columns the query needs.
+
+        Parameters
+        ----------
+        query : str
+            One SELECT, or EXPLAIN of one, over the views documents, tokens, vocabulary, sites,
+            neurons, exemplars, factors, factor_sites, loadings, factor_exemplars, similarity and
+            results.
+        **params
+            Values for ``$name`` in the query.
+
+        Returns
+        -------
+        Answer
+            A table: ``.df()``, ``.to_arrow()``, ``.rows()``.
+
+        Raises
+        ------
+        QueryError
+            If it is not one SELECT, or DuckDB refuses it.
+        """
+        answer: Answer = self._database.sql(query, **params)
+        return answer
+
+    @property
+    def _database(self) -> Any:
+        from actstore.query import Database
+
+        if "_kept_database" not in self.__dict__:
+            self.__dict__["_kept_database"] = Database(self)
+        return self.__dict__["_kept_database"]
+
+    def top(self, site: str | Site, neuron: int, k: int = 20, *, largest: bool = True) -> Top:
+        """Return the rows that drive a neuron most, with the text around them.
+
+        Exact for every k: from the index where it reaches, else by reading the neuron's column.
+        Content rows; order: value descending, row ascending.
+
+        Parameters
+        ----------
+        site : str or Site
+            Such as ``"mlp_post.5"``.
+        neuron : int
+            Column of the site.
+        k : int, default 20
+            How many rows.
+        largest : bool, default True
+            False for the lowest values.
+
+        Returns
+        -------
+        Top
+            A table with rank, row_id, value, document, position, token and its context.
+
+        Raises
+        ------
+        SiteNotFound, NeuronNotFound, ArgumentError
+            If there is no such site or neuron, or k < 1.
+        """
+        from actstore.query import top
+
+        return top(self, site, neuron, k, largest=largest)
+
+    def nmf(
+        self,
+        sites: Sites = "mlp_post",
+        n_components: int = 10,
+        *,
+        scale: str | None = "site",
+        rows: str = "content",
+        seed: int = 0,
+        passes: int | None = None,
+        name: str | None = None,
+        budget: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Factors:
+        """Factorise sites as one non-negative matrix, out of core, and keep the result.
+
+        See Also
+        --------
+        actstore.decompose.nmf : the algorithm, all parameters, references.
+        sklearn.decomposition.NMF : in memory.
+        """
+        from actstore.decompose import nmf
+        from actstore.view import Factors
+
+        extra = {} if passes is None else {"passes": passes}
+        result = nmf(
+            self,
+            sites,
+            n_components,
+            scale=scale,
+            rows=self._rows(rows),
+            seed=seed,
+            name=name,
+            budget=parse_budget(budget),
+            progress=progress,
+            **extra,
+        )
+        return Factors(self, result.result)
+
+    def factors(self, name: str | None = None) -> Factors:
+        """Return the factors of an earlier `nmf` by name; without one, the newest.
+
+        Raises
+        ------
+        ResultNotFound
+            If there are none.
+        """
+        from actstore.view import Factors
+
+        return Factors(self, self.result("nmf", name))
+
+    def similarity(
+        self,
+        sites: Sites = None,
+        *,
+        measure: str = "cka",
+        tolerance: float = 0.005,
+        rows: str = "content",
+        seed: int = 0,
+        name: str | None = None,
+        budget: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Similarity:
+        """Compare all pairs of sites by linear CKA, estimated from mixed rows.
+
+        See Also
+        --------
+        actstore.decompose.similarity : the estimator, its interval, references.
+        """
+        from actstore.decompose import similarity
+        from actstore.view import Similarity
+
+        result = similarity(
+            self,
+            sites,
+            measure=measure,
+            tolerance=tolerance,
+            rows=self._rows(rows),
+            seed=seed,
+            name=name,
+            budget=parse_budget(budget),
+            progress=progress,
+        )
+        return Similarity(self, result.result)
+
+    def similarity_result(self, name: str | None = None) -> Similarity:
+        """Return an earlier `similarity` by name; without one, the newest.
+
+        Raises
+        ------
+        ResultNotFound
+            If there are none.
+        """
+        from actstore.view import Similarity
+
+        return Similarity(self, self.result("similarity", name))
+
+    def _rows(self, rule: str) -> Rows:
+        """Return the rows of a rule: ``"content"``, ``"all"``, or an SQL condition on tokens."""
+        if rule in ("content", "all"):
+            return self.rows(rule)
+        found = self.sql(
+            "SELECT row_id FROM tokens JOIN documents USING (document) "
+            f"WHERE NOT special AND NOT first AND ({rule})"
+        )
+        ids = found.to_arrow().column("row_id").to_numpy()
+        if not len(ids):
+            raise ArgumentError(
+                f"rows = {rule!r} holds for no content row of {self.path}; expected 'content', "
+                "'all', or an SQL condition on the columns of tokens and documents."
+            )
+        return Rows.from_row_ids(rule, self.meta.segment_rows, ids)
+
+    def dask(self, site: str | Site) -> tuple[dask.array.Array, npt.NDArray[np.int64]]:
+        """Return a site as a plain dask array, and the row_id of each of its rows.
+
+        Holes are dropped: row i of the array is the token ``row_ids[i]``.  One chunk a segment,
+        read when computed.
+
+        Returns
+        -------
+        array : dask.array.Array, shape (rows, width), stored dtype
+        row_ids : ndarray of int64, shape (rows,)
+        """
+        import dask.array as da
+
+        path, named = self.path, str(self.site(site).site)
+        layout = self.layout(self.site(site))
+        counts = self.committed_rows(self.site(site).site.space)
+
+        def read(segment: int, n_rows: int) -> npt.NDArray[Any]:
+            store = CoreStore(path)  # opened where the task runs
+            return store.read(store.site(named), segment, 0, n_rows)
+
+        blocks = [
+            da.from_delayed(
+                _delayed(read)(segment, n_rows), (n_rows, layout.width), layout.numpy_dtype
+            )
+            for segment, n_rows in counts.items()
+            if n_rows
+        ]
+        return da.concatenate(blocks), self[site].row_ids()
+
+    def connect(self) -> duckdb.DuckDBPyConnection:
+        """Return a DuckDB connection of your own with all views: nothing in it is refused."""
+        connection: duckdb.DuckDBPyConnection = self._database.connect()
+        return connection
+
+
+def _delayed(function: Any) -> Any:
+    import dask
+
+    return dask.delayed(function, pure=True)
+
+
+def open(path: str | Path) -> Store:
+    """Open the store in a folder.
+
+    Raises
+    ------
+    StoreNotFound
+        If the folder holds no store.
+    FormatError
+        If another version of the format wrote it.
+    """
+    return Store(path)
+
+
+def capture(
+    model: Any,
+    corpus: Any = None,
+    store: str | Path | None = None,
+    *,
+    text: str | Iterable[str] | None = None,
+    tokenizer: Any = None,
+    sites: Sites = None,
+    dtype: str = "auto",
+    context: int | None = None,
+    overlap: int | None = None,
+    batch_tokens: int | None = None,
+    max_tokens: int | None = None,
+    max_document_tokens: int | None = None,
+    device: str = "auto",
+    budget: int | str | None = None,
+    encoding: str = "utf-8",
+    errors: str = "strict",
+    on_nan: str = "error",
+    on_overflow: str = "count",
+    progress: Progress | None = None,
+) -> Store:
+    """Run a corpus through a model once and keep its activations.
+
+    Called again with the same arguments it goes on where it was stopped, and does nothing when all
+    is there.  One forward pass of every window; memory is bounded by the budget.
+
+    Parameters
+    ----------
+    model : str, Path or torch.nn.Module
+        Hub name, local directory (safetensors, or one .gguf), or a transformers model.
+    corpus : str, Path, dataset or iterable, optional
+        A file (.txt, .jsonl, .jsonl.gz, .parquet), a directory or glob of them, a Hugging Face
+        dataset, or an iterable of str or of ``{"text": …, metadata}``.
+    store : str or Path, optional
+        Folder of the store; without one it is temporary and goes with the returned object.
+    text : str or iterable of str, optional
+        Documents themselves, instead of `corpus`.
+    tokenizer : PreTrainedTokenizerFast, optional
+        Needed where `model` is a module.
+    sites : str, Site or iterable, optional
+        Sites or patterns: ``"mlp_post"``, ``"resid_post.3-5"``; default all ``mlp_post``,
+        ``resid_pre.0`` and all ``resid_post``.
+    dtype : {"auto", "float16", "float32", "bfloat16"}
+        Stored dtype.  "auto": 16-bit models keep theirs; of float32 models ``mlp_post`` becomes
+        float16, and residual sites too unless a probe exceeds 1,000 there.
+    context : int, optional
+        Tokens of a window, special ones counted; default 512, or the model's limit if less.
+    overlap : int, optional
+        Leading tokens of a later window that are context only and not stored; default 0.
+    batch_tokens : int, optional
+        Tokens of one forward pass, padding counted; default 4,096.
+    max_tokens, max_document_tokens : int, optional
+        Rows wanted in all, and of each document, special tokens counted.
+    device : str
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ….
+    budget : int or str, optional
+        Peak memory beyond the model, such as ``"2GB"``; default the smaller of 4 GiB and half of
+        what is free.
+    encoding, errors : str
+        How text files are decoded, as in `open`.
+    on_nan, on_overflow : {"error", "count"}
+        Whether NaN, and values outside the stored dtype, stop the capture, or are counted (and
+        the latter saturated).
+    progress : callable, optional
+        ``progress(stage, done, total)``.
+
+    Returns
+    -------
+    Store
+
+    Raises
+    ------
+    CorpusError, ModelError, SiteNotFound, StoreMismatch, NotEnoughDisk, ArgumentError
+        Before the model runs, with the remedy in the message.
+    NonFiniteActivation
+        If the model yields NaN, and `on_nan` is "error".
+    """
+    from actstore.capture import run_capture
+
+    for name, value in (("on_nan", on_nan), ("on_overflow", on_overflow)):
+        if value not in ("error", "count"):
+            raise ArgumentError(f"{name} = {value!r} is not 'error' or 'count'.")
+    found, _ = run_capture(
+        model,
+        corpus,
+        store,
+        text=text,
+        tokenizer=tokenizer,
+        settings=_settings(
+            sites, dtype, context, overlap, batch_tokens, max_tokens, max_document_tokens
+        ),
+        device=device,
+        budget=budget,
+        encoding=encoding,
+        errors=errors,
+        on_nan=on_nan,  # type: ignore[arg-type]  # checked above
+        on_overflow=on_overflow,  # type: ignore[arg-type]
+        progress=progress,
+    )
+    opened = Store(found.path)
+    # A temporary store lives as long as what made it.
+    opened.__dict__["_made_by"] = found
+    return opened
+
+
+def estimate(
+    model: Any,
+    corpus: Any = None,
+    store: str | Path | None = None,
+    *,
+    text: str | Iterable[str] | None = None,
+    tokenizer: Any = None,
+    sites: Sites = None,
+    dtype: str = "auto",
+    context: int | None = None,
+    overlap: int | None = None,
+    batch_tokens: int | None = None,
+    max_tokens: int | None = None,
+    max_document_tokens: int | None = None,
+    device: str = "auto",
+    budget: int | str | None = None,
+    encoding: str = "utf-8",
+    errors: str = "strict",
+    progress: Progress | None = None,
+) -> Estimate:
+    """Return what `capture` with the same arguments would take: rows, bytes, time, memory.
+
+    Tokenises the corpus once and captures a few batches into a temporary folder.
+    """
+    from actstore.capture import run_estimate
+
+    return run_estimate(
+        model,
+        corpus,
+        store,
+        text=text,
+        tokenizer=tokenizer,
+        settings=_settings(
+            sites, dtype, context, overlap, batch_tokens, max_tokens, max_document_tokens
+        ),
+        device=device,
+        budget=budget,
+        encoding=encoding,
+        errors=errors,
+        progress=progress,
+    )
+
+
+def _settings(
+    sites: Sites,
+    dtype: str,
+    context: int | None,
+    overlap: int | None,
+    batch_tokens: int | None,
+    max_tokens: int | None,
+    max_document_tokens: int | None,
+) -> Any:
+    from actstore.capture import Limits, Settings
+
+    wanted = [sites] if isinstance(sites, (str, Site)) else sites
+    return Settings(
+        None if wanted is None else tuple(wanted),
+        dtype,
+        context,
+        overlap,
+        batch_tokens,
+        Limits(max_tokens, max_document_tokens),
+    )

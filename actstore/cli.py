@@ -1,0 +1,332 @@
+"""The command line: one command is one call of the library.
+
+Tables go to a terminal, JSON lines to a pipe, progress to stderr.  Exit 2 for usage, 1 for a known
+error in one line; a traceback only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actstore.errors import ActstoreError
+
+Command = Callable[..., None]
+
+
+def example(text: str) -> str:
+    """Return the end of a help page: an example that runs."""
+    return f"\b\nExample:\n  {text}"
+
+
+class _Commands(click.Group):
+    """Shows known errors in one line, and commands in the order of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ActstoreError as error:
+            if ctx.params["debug"]:
+                raise
+            click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+            click.echo(str(error), err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command goes on where it was", err=True)
+            ctx.exit(130)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=example("actstore demo"),
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="actstore")
+def main(debug: bool) -> None:
+    """Every activation of a transformer over a whole corpus: capture, factorise, ask."""
+
+
+def budget_option(command: Command) -> Command:
+    """Add ``--budget``."""
+    return click.option(
+        "--budget", metavar="SIZE", help="Peak memory beyond the model, such as 2GB."
+    )(command)
+
+
+def format_option(command: Command) -> Command:
+    """Add ``--format``."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(["table", "json", "csv"]),
+        help="How to print; default a table to a terminal, JSON lines to a pipe.",
+    )(command)
+
+
+def capture_options(command: Command) -> Command:
+    """Add the options that say what to capture."""
+    options = [
+        click.option("--sites", multiple=True, metavar="SITE", help="mlp_post, resid_post.3-5, …"),
+        click.option("--dtype", default="auto", help="auto, float16, bfloat16 or float32."),
+        click.option("--context", type=int, help="Tokens of a window."),
+        click.option("--overlap", type=int, help="Leading tokens of a window not stored again."),
+        click.option("--max-tokens", type=int, help="Tokens wanted in all."),
+        click.option("--max-document-tokens", type=int, help="Tokens wanted of each document."),
+        click.option("--batch-tokens", type=int, help="Tokens of one forward pass."),
+        click.option("--device", default="auto", help="auto, cpu, cuda, …"),
+        click.option("--encoding", default="utf-8", help="Encoding of text files."),
+        click.option("--errors", default="strict", help="strict, replace or ignore bad bytes."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def echo(answer: Any, form: str | None) -> None:
+    """Print a table: `Answer` or Arrow."""
+    form = form or ("table" if sys.stdout.isatty() else "json")
+    if form == "table":
+        click.echo(str(answer))
+    elif form == "json":
+        for row in answer:
+            click.echo(json.dumps(row, ensure_ascii=False, default=str))
+    else:
+        click.echo(answer.df().to_csv(index=False), nl=False)
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress bars on stderr; the yielded function moves them."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=None)
+            progress.update(tasks[stage], completed=done, total=total or None)
+
+        yield move
+
+
+@main.command(epilog=example("actstore demo my-demo"))
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--causal", is_flag=True, help="The causal model SmolLM2, on fewer tokens.")
+@click.option("--budget", default="1GB", metavar="SIZE", help="Peak memory beyond the model.")
+def demo(folder: Path | None, causal: bool, budget: str) -> None:
+    """Run a real model over a real corpus, end to end, in minutes."""
+    from actstore.demo import run_demo
+
+    with bars() as progress:
+        run_demo(
+            folder,
+            causal=causal,
+            budget=budget,
+            say=lambda shown: click.echo(str(shown)),
+            progress=progress,
+        )
+
+
+@main.command(
+    epilog=example("actstore capture ./my-model 'speeches/*.txt' runs/speeches --dry-run")
+)
+@click.argument("model")
+@click.argument("corpus")
+@click.argument("store", type=click.Path(path_type=Path))
+@capture_options
+@budget_option
+@click.option("--on-nan", type=click.Choice(["error", "count"]), default="error")
+@click.option("--on-overflow", type=click.Choice(["error", "count"]), default="count")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, and stop.")
+def capture(
+    model: str,
+    corpus: str,
+    store: Path,
+    on_nan: str,
+    on_overflow: str,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Run CORPUS through MODEL once and keep its activations in STORE.
+
+    The same command goes on with a capture that was stopped.
+    """
+    import actstore
+
+    options["sites"] = options["sites"] or None
+    with bars() as progress:
+        if dry_run:
+            found = actstore.estimate(model, corpus, store, progress=progress, **options)
+        else:
+            made = actstore.capture(
+                model,
+                corpus,
+                store,
+                on_nan=on_nan,
+                on_overflow=on_overflow,
+                progress=progress,
+                **options,
+            )
+    click.echo(str(found if dry_run else made.info()))
+
+
+@main.command(epilog=example("actstore sites ./my-model"))
+@click.argument("model")
+@format_option
+def sites(model: str, form: str | None) -> None:
+    """List what can be captured of MODEL, and where it was found."""
+    import pyarrow as pa
+
+    from actstore.models import load
+    from actstore.query import Answer
+
+    loaded = load(model, device="cpu")
+    rows = [
+        {"site": str(p.site), "width": p.width, "side": p.side, "module": p.module}
+        for p in loaded.points.values()
+    ]
+    echo(Answer(pa.Table.from_pylist(rows)), form)
+
+
+@main.command(epilog=example("actstore info actstore-demo/store"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(store: Path, as_json: bool) -> None:
+    """Show STORE at a glance: model, corpus, rows, sites, size, results."""
+    import actstore
+
+    found = actstore.open(store).info()
+    click.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else str(found))
+
+
+@main.command(epilog=example("actstore finish actstore-demo/store"))
+@click.argument("store", type=click.Path(path_type=Path))
+def finish(store: Path) -> None:
+    """Compact what is committed of STORE into its index."""
+    import actstore
+
+    opened = actstore.open(store)
+    with bars() as progress:
+        opened.finish(progress=progress)
+    click.echo(str(opened.info()))
+
+
+@main.command(
+    epilog=example(
+        'actstore sql actstore-demo/store "SELECT layer, neuron, max FROM neurons LIMIT 5"'
+    )
+)
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("query")
+@format_option
+def sql(store: Path, query: str, form: str | None) -> None:
+    """Answer QUERY, one SELECT over the views of STORE."""
+    import actstore
+
+    echo(actstore.open(store).sql(query), form)
+
+
+@main.command(epilog=example("actstore top actstore-demo/store mlp_post.5 77 -k 10"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("site")
+@click.argument("neuron", type=int)
+@click.option("-k", default=20, help="How many rows.", show_default=True)
+@click.option("--smallest", is_flag=True, help="The lowest values instead of the highest.")
+@format_option
+def top(store: Path, site: str, neuron: int, k: int, smallest: bool, form: str | None) -> None:
+    """Show the tokens that drive NEURON of SITE most, in context."""
+    import actstore
+
+    echo(actstore.open(store).top(site, neuron, k, largest=not smallest), form)
+
+
+@main.command(epilog=example("actstore nmf actstore-demo/store --components 16 --name sixteen"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--sites", multiple=True, default=["mlp_post"], show_default=True)
+@click.option("--components", default=10, help="Number of factors.", show_default=True)
+@click.option("--scale", type=click.Choice(["site", "none"]), default="site", show_default=True)
+@click.option("--rows", default="content", help="content, all, or an SQL condition on tokens.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--name", help="Name of the result; never overwritten.")
+@budget_option
+@format_option
+def nmf(store: Path, form: str | None, components: int, scale: str, **options: Any) -> None:
+    """Factorise sites of STORE as one non-negative matrix, out of core."""
+    import actstore
+    from actstore.query import Answer
+
+    with bars() as progress:
+        factors = actstore.open(store).nmf(
+            n_components=components,
+            scale=None if scale == "none" else scale,
+            progress=progress,
+            **options,
+        )
+    click.echo(str(factors), err=True)
+    echo(Answer(factors.table("factors")), form)
+
+
+@main.command(epilog=example("actstore similarity actstore-demo/store --sites mlp_post"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--sites", multiple=True, help="Sites or patterns; default all.")
+@click.option("--measure", default="cka", show_default=True)
+@click.option("--tolerance", default=0.005, help="Half-width to stop at.", show_default=True)
+@click.option("--rows", default="content", help="content, all, or an SQL condition on tokens.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--name", help="Name of the result; never overwritten.")
+@budget_option
+@format_option
+def similarity(store: Path, form: str | None, sites: tuple[str, ...], **options: Any) -> None:
+    """Compare all pairs of sites of STORE."""
+    import actstore
+    from actstore.query import Answer
+
+    with bars() as progress:
+        found = actstore.open(store).similarity(sites or None, progress=progress, **options)
+    click.echo(str(found), err=True)
+    echo(Answer(found.to_arrow()), form)
+
+
+@main.command(epilog=example("actstore export actstore-demo/store factors --to factors.html"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("what", type=click.Choice(["factors", "similarity"]))
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="x.html or x.ipynb.")
+@click.option("--name", help="Name of the result; default the newest.")
+def export(store: Path, what: str, to: Path, name: str | None) -> None:
+    """Write a view of STORE as a page or a notebook that needs no network."""
+    import actstore
+
+    opened = actstore.open(store)
+    result: Any = opened.factors(name) if what == "factors" else opened.similarity_result(name)
+    if to.suffix == ".ipynb":
+        result.to_notebook(to)
+    elif to.suffix == ".html":
+        result.to_html(to)
+    else:
+        raise click.UsageError(f"--to {to} must end in .html or .ipynb")
+    click.echo(to)

@@ -1,0 +1,19 @@
+"""Questions to a store: SQL over its tables, the strongest rows of a neuron, text around rows."""
+
+from actstore.query.answer import Answer, visible
+from actstore.query.context import Snippet, snippets
+from actstore.query.database import Database
+from actstore.query.schema import MACROS, VIEWS
+from actstore.query.top import Top, top
+
+__all__ = [
+    "MACROS",
+    "VIEWS",
+    "Answer",
+    "Database",
+    "Snippet",
+    "Top",
+    "snippets",
+    "top",
+    "visible",
+]

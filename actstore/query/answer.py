@@ -1,0 +1,173 @@
+"""Answers: tables that print themselves.
+
+Text from a corpus is untrusted: it may hold escape sequences that repaint a terminal, marks that
+turn the reading direction, or markup.  What is printed shows such characters instead of obeying
+them; what is returned as data is untouched.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import shutil
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_SHOWN_ROWS = 40
+_CELL_WIDTH = 48
+_SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+_HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # controls, formats, private use, separators
+
+
+def visible(text: str) -> str:
+    r"""Return a text with the characters that act, or cannot be seen, made visible.
+
+    Examples
+    --------
+    >>> visible("one\ntwo \x1b[31m")
+    'one↵two \\x1b[31m'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_sign(c) if unicodedata.category(c) in _HIDDEN else c for c in text)
+
+
+def _sign(character: str) -> str:
+    return _SIGNS.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
+
+
+class Answer:
+    """The answer to a question: a table, already in memory.
+
+    It prints as a table in a terminal and in a notebook.  ``len`` counts its rows; iterating gives
+    them as dicts.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        The rows.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def to_arrow(self) -> pa.Table:
+        """Return the answer as an Arrow table."""
+        return self._table
+
+    def df(self) -> pd.DataFrame:
+        """Return the answer as a pandas DataFrame."""
+        return self._table.to_pandas()
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Return the rows as tuples."""
+        columns = [column.to_pylist() for column in self._table.columns]
+        return list(zip(*columns, strict=True))
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return list(self._table.column_names)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._table.to_batches():
+            yield from batch.to_pylist()
+
+    def __repr__(self) -> str:
+        if self.columns == ["explain_key", "explain_value"]:
+            lines = "\n".join(str(row["explain_value"]) for row in self).split("\n")
+            return "\n".join(visible(line) for line in lines)
+        width = max(40, shutil.get_terminal_size((120, 24)).columns)
+        rows = Answer(self._table.slice(0, _SHOWN_ROWS)).rows()
+        cells = [[_cell(value, name) for value, name in zip(row, self.columns, strict=True)]
+                 for row in rows]  # fmt: skip
+        names = [_fit(visible(name), "") for name in self.columns]
+        shown = _columns_that_fit([names, *cells], width)
+        table = Table(box=None, pad_edge=False, header_style="", show_edge=False)
+        for place in range(shown):
+            kind = self._table.schema.field(place).type
+            right = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            right = right or self.columns[place] == "before"
+            table.add_column(Text(names[place]), justify="right" if right else "left", no_wrap=True)
+        for row in cells:
+            table.add_row(*(Text(cell) for cell in row[:shown]))
+        out = io.StringIO()
+        Console(file=out, width=width, color_system=None, legacy_windows=False).print(table)
+        lines = [line.rstrip() for line in out.getvalue().splitlines()] if names else []
+        return "\n".join([*lines, *self._footer(shown)])
+
+    def _footer(self, shown: int) -> list[str]:
+        """Return the lines that say what of the answer is not printed above them."""
+        lines = []
+        if len(self) > _SHOWN_ROWS:
+            lines.append(f"… {len(self) - _SHOWN_ROWS:,} more of {len(self):,} rows")
+        if len(self) == 0:
+            lines.append("no rows")
+        if shown < len(self.columns):
+            hidden = ", ".join(_fit(visible(name), "") for name in self.columns[shown:])
+            lines.append(f"… {len(self.columns) - shown} more columns: {hidden}")
+        return lines
+
+    def _repr_html_(self) -> str:
+        names = "".join(f"<th>{html.escape(visible(name))}</th>" for name in self.columns)
+        body = []
+        for row in Answer(self._table.slice(0, _SHOWN_ROWS)).rows():
+            cells = (html.escape(_plain(value)) for value in row)
+            body.append("<tr>" + "".join(f'<td dir="auto">{cell}</td>' for cell in cells) + "</tr>")
+        footer = "".join(f"<p>{html.escape(line)}</p>" for line in self._footer(len(self.columns)))
+        return (
+            f"<table><thead><tr>{names}</tr></thead><tbody>{''.join(body)}</tbody></table>{footer}"
+        )
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_plain(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_plain(k)}: {_plain(v)}" for k, v in value.items()) + "}"
+    return visible(str(value))
+
+
+def _cell(value: Any, name: str) -> str:
+    return _fit(_plain(value), name)
+
+
+def _fit(text: str, name: str) -> str:
+    """Return a text cut to a cell; of the context before a token the end is what matters."""
+    if cell_len(text) <= _CELL_WIDTH:
+        return text
+    ordered = text[::-1] if name == "before" else text
+    kept, width = [], 1
+    for character in ordered:
+        width += cell_len(character)
+        if width > _CELL_WIDTH:
+            break
+        kept.append(character)
+    cut = "".join(kept)
+    return "…" + cut[::-1] if name == "before" else cut + "…"
+
+
+def _columns_that_fit(rows: list[list[str]], width: int) -> int:
+    """Return how many leading columns can be printed side by side; at least one."""
+    n_columns = len(rows[0])
+    used = 0
+    for place in range(n_columns):
+        used += max(cell_len(row[place]) for row in rows) + (2 if place else 0)
+        if used > width and place > 0:
+            return place
+    return n_columns

@@ -1,0 +1,202 @@
+"""The views of a store: their columns, and what each means.
+
+A view has these columns whether or not there is anything behind it yet, then whatever further ones
+its files bring.  The words here become the comments of the columns in DuckDB
+(``SELECT column_name, comment FROM duckdb_columns()``) and the reference in the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a view."""
+
+    name: str
+    """Its name."""
+    type: str
+    """Its DuckDB type where no file says another."""
+    comment: str
+    """What it means."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A view of the store."""
+
+    comment: str
+    """What one row of it is."""
+    columns: tuple[Column, ...]
+    """Its columns, in order."""
+    table: str | None = None
+    """The Parquet table of results it shows, where it shows results."""
+
+
+def _columns(*columns: tuple[str, str, str]) -> tuple[Column, ...]:
+    return tuple(Column(*column) for column in columns)
+
+
+_SITE = _columns(
+    ("site", "VARCHAR", "name of the site, such as 'mlp_post.5'"),
+    ("space", "VARCHAR", "'encoder' or 'decoder'; empty where the model has one space"),
+    ("hook", "VARCHAR", "hook point"),
+    ("layer", "INTEGER", "number of the block, from 0"),
+)
+_RESULT = _columns(
+    ("kind", "VARCHAR", "kind of the result, such as 'nmf'"),
+    ("result", "VARCHAR", "name of the result"),
+)
+_EXEMPLAR = _columns(
+    ("side", "VARCHAR", "'top' for the highest values, 'bottom' for the lowest"),
+    ("rank", "INTEGER", "place in that list, from 1; equal values in the order of rows"),
+    ("row_id", "BIGINT", "the row; see `tokens`"),
+    ("value", "FLOAT", "value at that row"),
+    ("document", "BIGINT", "document of the row"),
+    ("position", "INTEGER", "position of the row in its window"),
+    ("token_id", "INTEGER", "token of the row; see `vocabulary`"),
+)
+_FACTOR = Column("factor", "INTEGER", "number of the factor, from 0")
+
+VIEWS: Mapping[str, View] = {
+    "documents": View(
+        "a source text of the plan",
+        _columns(
+            ("document", "BIGINT", "number of the document, from 0"),
+            ("source", "VARCHAR", "where it came from: a file, or a row of a data set"),
+            ("n_tokens", "BIGINT", "tokens of its text"),
+            ("text", "VARCHAR", "its text as far as it was tokenised"),
+            (
+                "metadata",
+                "VARCHAR",
+                "what came with it, a JSON object: metadata->>'$.speaker'",
+            ),
+        ),
+    ),
+    "vocabulary": View(
+        "a token type of the tokenizer",
+        _columns(
+            ("token_id", "INTEGER", "number of the token type"),
+            ("text", "VARCHAR", "its text, with real whitespace"),
+            ("piece", "VARCHAR", "the tokenizer's own spelling of it"),
+        ),
+    ),
+    "tokens": View(
+        "a committed row: one token of one space",
+        _columns(
+            ("row_id", "BIGINT", "the row: segment * S + offset; stable, ordered, not dense"),
+            ("document", "BIGINT", "document the token is of"),
+            ("window_id", "BIGINT", "span of the document that went through the model at once"),
+            ("position", "INTEGER", "index of the token in its window"),
+            ("doc_position", "INTEGER", "index of the token in its document; -1 if special"),
+            ("token_id", "INTEGER", "number of the token type"),
+            ("text", "VARCHAR", "text of the token type, from `vocabulary`"),
+            ("char_start", "INTEGER", "first code point in the document's text, from 0"),
+            ("char_end", "INTEGER", "code point past the last"),
+            ("special", "BOOLEAN", "added by the tokenizer, such as [CLS]; not a content row"),
+            ("first", "BOOLEAN", "first of a window without left context; not a content row"),
+            ("generated", "BOOLEAN", "written by the model itself"),
+            ("space", "VARCHAR", "'encoder' or 'decoder'; empty where the model has one space"),
+        ),
+    ),
+    "sites": View(
+        "a captured site",
+        _SITE
+        + _columns(
+            ("width", "INTEGER", "neurons, or channels in a residual site"),
+            ("dtype", "VARCHAR", "stored dtype"),
+            ("module", "VARCHAR", "module of the model whose input or output is stored"),
+            ("side", "VARCHAR", "'input' or 'output' of that module"),
+            ("path", "VARCHAR", "folder of the Zarr array inside the store"),
+        ),
+    ),
+    "neurons": View(
+        "a neuron and its statistics over the content rows that the index covers",
+        _SITE
+        + _columns(
+            ("neuron", "INTEGER", "index of the neuron, from 0"),
+            ("n", "BIGINT", "content rows, NaN left out"),
+            ("mean", "DOUBLE", "mean"),
+            ("std", "DOUBLE", "standard deviation, over n"),
+            ("min", "DOUBLE", "lowest value"),
+            ("max", "DOUBLE", "highest value"),
+            ("share_positive", "DOUBLE", "share of rows above zero"),
+            ("skewness", "DOUBLE", "third standardised moment"),
+            ("kurtosis", "DOUBLE", "fourth standardised moment, less 3"),
+            ("energy", "DOUBLE", "sum of squares"),
+            ("energy_positive", "DOUBLE", "sum of squares of the values above zero"),
+            ("other_n", "BIGINT", "special and first rows"),
+            ("other_mean", "DOUBLE", "mean over those"),
+        ),
+    ),
+    "exemplars": View(
+        "a row among the highest or lowest of a neuron, over the rows that the index covers",
+        (*_SITE, Column("neuron", "INTEGER", "index of the neuron, from 0"), *_EXEMPLAR),
+    ),
+    "factors": View(
+        "a factor of a decomposition",
+        (*_RESULT, _FACTOR, Column("share", "DOUBLE", "share of the energy it explains")),
+        "factors",
+    ),
+    "loadings": View(
+        "the weight of a neuron in a factor",
+        (
+            *_RESULT,
+            _FACTOR,
+            *_SITE,
+            Column("neuron", "INTEGER", "index of the neuron, from 0"),
+            Column("loading", "FLOAT", "its weight in the factor"),
+        ),
+        "loadings",
+    ),
+    "factor_exemplars": View(
+        "a row among the highest scores of a factor",
+        (*_RESULT, _FACTOR, *_EXEMPLAR),
+        "factor_exemplars",
+    ),
+    "factor_sites": View(
+        "how much of a factor lies at a site",
+        (
+            *_RESULT,
+            _FACTOR,
+            *_SITE,
+            Column("share", "DOUBLE", "share of the factor's energy that lies there"),
+        ),
+        "factor_sites",
+    ),
+    "similarity": View(
+        "how alike two sites are",
+        _RESULT
+        + _columns(
+            ("site_a", "VARCHAR", "one site"),
+            ("site_b", "VARCHAR", "the other"),
+            ("value", "DOUBLE", "the measure; which one is told by `results`"),
+            ("low", "DOUBLE", "lower end of its 95 % interval"),
+            ("high", "DOUBLE", "upper end of its 95 % interval"),
+        ),
+        "similarity",
+    ),
+    "results": View(
+        "a result computed from the store and kept in it",
+        _RESULT
+        + _columns(
+            ("created", "VARCHAR", "time it was written, ISO 8601, UTC"),
+            ("sites", "VARCHAR[]", "the sites it was computed from"),
+            ("n_rows", "BIGINT", "rows it was computed from"),
+            ("document", "VARCHAR", "all that is known of it, a JSON object: document->>'$.seed'"),
+        ),
+    ),
+}
+"""The views of a store by name, each after those it reads."""
+
+READS: Mapping[str, tuple[str, ...]] = {
+    "tokens": ("vocabulary",),
+    "top_tokens": ("exemplars", "vocabulary"),
+    "snippet": (),
+}
+"""The views that a view or macro reads; ``snippet`` reads rows of the store, not views."""
+
+MACROS = ("top_tokens", "snippet")
+"""The macros of a store."""

@@ -1,0 +1,298 @@
+"""Reading some rows or one column of a shard, every chunk verified on its first use."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.errors import ArgumentError, DamagedFile, NeuronNotFound
+from actstore.shard.checksum import CHECKSUM_BYTES, encoded, extend
+from actstore.shard.layout import ShardLayout, bits_of, check_dtype, column_slices, index_of
+
+_RESTORE = "Restore the file from a copy, or capture its segment again."
+
+
+class ShardReader:
+    """Reads rows, columns and chunks of a shard, each chunk checked on its first use.
+
+    Nothing is kept but one flag a chunk: any number of threads may read.  The memory of a read is
+    its result and one chunk.
+
+    Parameters
+    ----------
+    fd : int
+        Descriptor of the file, open for reading; it stays the caller's.
+    layout : ShardLayout
+        The layout of the shard.
+    n_bytes : int
+        Size the file must have, as `ShardFacts` recorded it; the number of bands follows.
+    label : str
+        Name of the file in messages.
+    checksums_crc32c : int, optional
+        What `ShardFacts` recorded: proves at once that this is the very file written then.
+
+    Raises
+    ------
+    DamagedFile
+        If the file has another size, its index is damaged or does not place the chunks where
+        `ShardWriter` does, or it is another shard than the recorded one.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        layout: ShardLayout,
+        n_bytes: int,
+        label: str,
+        checksums_crc32c: int | None = None,
+    ) -> None:
+        self._fd = fd
+        self._layout = layout
+        self._label = label
+        self._n_bytes = n_bytes
+        self._n_bands = self._verified_bands()
+        # Whoever opens the file anew may hand on what was verified before.
+        self.verified = np.zeros((self._n_bands, layout.n_column_chunks), bool)
+        if checksums_crc32c is not None:
+            self._verify_identity(checksums_crc32c)
+
+    @property
+    def rows_present(self) -> int:
+        """Rows of the bands that were written; some of the last may be NaN."""
+        return self._n_bands * self._layout.chunk_rows
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return some rows, all columns.
+
+        Parameters
+        ----------
+        start, stop : int
+            First row, and the row after the last.
+        out : ndarray (stop - start, width), dtype of the layout, optional
+            Where to put them.
+
+        Returns
+        -------
+        ndarray (stop - start, width)
+            The rows; `out` where given.
+
+        Raises
+        ------
+        DamagedFile
+            If a chunk is damaged or missing.
+        ArgumentError
+            If the rows are outside the shard, or `out` has another shape or dtype.
+        """
+        layout = self._layout
+        bands = self._bands(start, stop)
+        out = self._result(out, (stop - start, layout.width))
+        target = bits_of(out)
+        buffer = self._buffer()
+        for band, first, last, offset in bands:
+            for c, columns in enumerate(column_slices(layout)):
+                chunk = self._rows_of_chunk(band, c, first, last, buffer)
+                rows = slice(offset, offset + last - first)
+                target[rows, columns] = chunk[:, : columns.stop - columns.start]
+        return out
+
+    def read_column(
+        self, column: int, start: int = 0, stop: int | None = None, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Return one column of some rows.
+
+        Parameters
+        ----------
+        column : int
+            The column, from 0.
+        start, stop : int
+            First row, and the row after the last; by default all rows present.
+        out : ndarray (stop - start,), dtype of the layout, optional
+            Where to put it.
+
+        Returns
+        -------
+        ndarray (stop - start,)
+            The values; `out` where given.
+
+        Raises
+        ------
+        NeuronNotFound
+            If there is no such column.
+        DamagedFile
+            If a chunk is damaged or missing.
+        ArgumentError
+            If the rows are outside the shard, or `out` has another shape or dtype.
+        """
+        layout = self._layout
+        if not 0 <= column < layout.width:
+            raise NeuronNotFound(
+                f"column = {column} is not in {self._label}; expected 0 … {layout.width - 1}."
+            )
+        stop = self.rows_present if stop is None else stop
+        bands = self._bands(start, stop)
+        out = self._result(out, (stop - start,))
+        target = bits_of(out)
+        c, inside = divmod(column, layout.chunk_columns)
+        self._check_size()  # past its end a mapping kills the process instead of raising
+        buffer = None
+        # Mapped for this call alone: a mapping kept would leave every page ever touched resident.
+        with mmap.mmap(self._fd, self._n_bytes, access=mmap.ACCESS_READ) as mapped:
+            for band, first, last, offset in bands:
+                if self.verified[band, c]:
+                    start_of_row = self._offset(band, c) + first * layout.row_bytes
+                    values = np.ndarray(
+                        (last - first,),
+                        target.dtype,
+                        mapped,
+                        start_of_row + inside * layout.itemsize,
+                        (layout.row_bytes,),
+                    )
+                else:
+                    buffer = self._buffer() if buffer is None else buffer
+                    values = self._rows_of_chunk(band, c, first, last, buffer)[:, inside]
+                target[offset : offset + last - first] = values
+                del values  # a view of the mapping would keep it from closing
+        return out
+
+    def read_chunk(self, r: int, c: int) -> NDArray[Any]:
+        """Return chunk ``(r, c)``, ndarray (chunk_rows, chunk_columns), its padding included.
+
+        Raises
+        ------
+        DamagedFile
+            If the chunk is damaged or missing.
+        ArgumentError
+            If the layout has no such chunk.
+        """
+        layout = self._layout
+        if not (0 <= r < layout.n_row_chunks and 0 <= c < layout.n_column_chunks):
+            raise ArgumentError(
+                f"chunk ({r}, {c}) is not in {self._label}; expected "
+                f"({layout.n_row_chunks}, {layout.n_column_chunks}) chunks."
+            )
+        self._require(r, c)
+        chunk = self._rows_of_chunk(r, c, 0, layout.chunk_rows, self._buffer())
+        return chunk.view(layout.numpy_dtype)
+
+    def _offset(self, r: int, c: int) -> int:
+        return r * self._layout.band_bytes + c * (self._layout.chunk_bytes + CHECKSUM_BYTES)
+
+    def _buffer(self) -> NDArray[np.uint8]:
+        return np.empty(self._layout.chunk_bytes + CHECKSUM_BYTES, np.uint8)
+
+    def _require(self, r: int, c: int) -> None:
+        if r >= self._n_bands:
+            raise DamagedFile(
+                f"chunk ({r}, {c}) is missing from {self._label}, which holds rows 0 … "
+                f"{self.rows_present - 1} of {self._layout.rows}. Ask for rows that were written."
+            )
+
+    def _bands(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+        """Return (band, first row in it, row after the last in it, place in the result)."""
+        height = self._layout.chunk_rows
+        if not 0 <= start <= stop <= self._layout.rows:
+            raise ArgumentError(
+                f"rows {start} … {stop} are not in {self._label}; expected "
+                f"0 <= start <= stop <= {self._layout.rows}."
+            )
+        bands = []
+        for band in range(start // height, -(-stop // height) if start < stop else 0):
+            top = band * height
+            first, last = max(start - top, 0), min(stop - top, height)
+            bands.append((band, first, last, top + first - start))
+        if bands:
+            self._require(bands[-1][0], 0)
+        return bands
+
+    def _result(self, out: NDArray[Any] | None, shape: tuple[int, ...]) -> NDArray[Any]:
+        if out is None:
+            return np.empty(shape, self._layout.numpy_dtype)
+        if out.shape != shape:
+            raise ArgumentError(f"out has shape {out.shape}; expected {shape}.")
+        check_dtype("out", out, self._layout)
+        return out
+
+    def _rows_of_chunk(
+        self, r: int, c: int, first: int, last: int, buffer: NDArray[np.uint8]
+    ) -> NDArray[Any]:
+        """Return rows of a chunk as unsigned integers, a view of the buffer."""
+        layout = self._layout
+        row_bytes = layout.row_bytes
+        if self.verified[r, c]:
+            part = buffer[: (last - first) * row_bytes]
+            self._read_into(part, self._offset(r, c) + first * row_bytes)
+        else:
+            self._read_into(buffer, self._offset(r, c))
+            self._verify_chunk(r, c, buffer)
+            part = buffer[first * row_bytes : last * row_bytes]
+        return part.view(f"<u{layout.itemsize}").reshape(last - first, layout.chunk_columns)
+
+    def _verify_chunk(self, r: int, c: int, data: NDArray[np.uint8]) -> None:
+        payload, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:].tobytes()
+        computed = encoded(extend(payload))
+        if computed != checksum:
+            raise DamagedFile(
+                f"chunk ({r}, {c}) of {self._label} is damaged: its crc32c is "
+                f"{computed[::-1].hex()}, the file says {checksum[::-1].hex()}. {_RESTORE}"
+            )
+        self.verified[r, c] = True
+
+    def _verified_bands(self) -> int:
+        """Return the number of bands, after comparing size and index with what they must be."""
+        layout, label = self._layout, self._label
+        self._check_size()
+        size = self._n_bytes
+        n_bands, rest = divmod(size - layout.index_bytes, layout.band_bytes)
+        if rest or not 0 <= n_bands <= layout.n_row_chunks:
+            raise DamagedFile(
+                f"{label} has {size} bytes; expected {layout.index_bytes} and up to "
+                f"{layout.n_row_chunks} times {layout.band_bytes}. {_RESTORE}"
+            )
+        index = np.empty(layout.index_bytes, np.uint8)
+        self._read_into(index, size - layout.index_bytes)
+        expected = np.frombuffer(index_of(layout, n_bands), np.uint8)
+        if encoded(extend(index[:-CHECKSUM_BYTES])) != index[-CHECKSUM_BYTES:].tobytes():
+            raise DamagedFile(
+                f"the index of {label} is damaged: its crc32c does not match. {_RESTORE}"
+            )
+        if different := np.flatnonzero(index != expected).tolist():
+            r, c = divmod(different[0] // 16, layout.n_column_chunks)
+            raise DamagedFile(
+                f"the index of {label} places chunk ({r}, {c}) elsewhere than expected, or misses "
+                "it: actstore did not write this file. Read it with zarr.open_array."
+            )
+        return n_bands
+
+    def _check_size(self) -> None:
+        size = os.fstat(self._fd).st_size
+        if size != self._n_bytes:
+            raise DamagedFile(
+                f"{self._label} has {size} bytes; expected {self._n_bytes}. {_RESTORE}"
+            )
+
+    def _verify_identity(self, expected: int) -> None:
+        computed = 0
+        checksum = np.empty(CHECKSUM_BYTES, np.uint8)
+        for r, c in np.ndindex(self.verified.shape):
+            self._read_into(checksum, self._offset(r, c) + self._layout.chunk_bytes)
+            computed = extend(checksum, computed)
+        if computed != expected:
+            raise DamagedFile(
+                f"{self._label} is not the file that was recorded: the crc32c of its chunks' "
+                f"checksums is {computed:08x}, expected {expected:08x}. {_RESTORE}"
+            )
+
+    def _read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            n = os.preadv(self._fd, [buffer[done:].data], offset + done)
+            if not n:
+                raise DamagedFile(
+                    f"{self._label} ends at byte {offset + done}; expected {self._n_bytes} bytes. "
+                    f"{_RESTORE}"
+                )
+            done += n

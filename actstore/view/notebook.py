@@ -1,0 +1,149 @@
+"""Notebooks: written, executed by this interpreter, and kept with their outputs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+from actstore.errors import ActstoreError, ArgumentError
+
+
+class _ThisInterpreter(KernelSpecManager):
+    """Finds one kernel, the interpreter that is running: actstore is installed there."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        return KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            display_name="Python 3",
+            language="python",
+        )
+
+
+def to_notebook(
+    path: str | Path, cells: Sequence[tuple[str, str]], title: str, *, timeout: int = 600
+) -> Path:
+    """Write a notebook, executed, with its outputs kept; return its path.
+
+    It runs in the folder it is written to, in a kernel of this interpreter, in the time its cells
+    take and about two seconds more; it is written when all of them have run.
+
+    Parameters
+    ----------
+    path : str or Path
+        File to write, ``*.ipynb``; replaced if it exists.
+    cells : sequence of (str, str)
+        Kind (``"markdown"`` or ``"code"``) and source of each cell.
+    title : str
+        Heading of the notebook.
+    timeout : int, default 600
+        Seconds a cell may take.
+
+    Raises
+    ------
+    ArgumentError
+        If the path does not end in .ipynb, its folder does not exist, or a kind is unknown.
+    ActstoreError
+        If a cell fails; nothing is written then.
+    """
+    target = Path(path)
+    if target.suffix != ".ipynb" or not target.parent.is_dir():
+        raise ArgumentError(
+            f"path = {str(target)!r} was given; expected a file name that ends in .ipynb, in a "
+            "folder that exists."
+        )
+    new_cell = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    unknown = [kind for kind, _ in cells if kind not in new_cell]
+    if unknown:
+        raise ArgumentError(f"a cell of kind {unknown[0]!r} was given; expected markdown or code.")
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            new_cell["markdown"](f"# {title}"),
+            *(new_cell[kind](source) for kind, source in cells),
+        ],
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        },
+    )
+    # Ids of cells are random by default; the same notebook should be the same file.
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+    with tempfile.TemporaryDirectory() as runtime:
+        client = NotebookClient(
+            notebook,
+            km=AsyncKernelManager(
+                kernel_spec_manager=_ThisInterpreter(),
+                connection_file=os.path.join(runtime, "kernel.json"),
+            ),
+            timeout=timeout,
+            record_timing=False,
+            resources={"metadata": {"path": str(target.parent.resolve())}},
+        )
+        try:
+            client.execute()
+        except (CellExecutionError, DeadKernelError, TimeoutError) as error:
+            raise ActstoreError(
+                f"a cell of {target} failed, so the notebook was not written: {error}"
+            ) from error
+    target.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    return target
+
+
+def factors_notebook(store_path: str | Path, factors_name: str | None, path: str | Path) -> Path:
+    """Write a notebook that opens a store again and shows its factors; return its path.
+
+    Parameters
+    ----------
+    store_path : str or Path
+        Folder of the store.
+    factors_name : str or None
+        Name of the decomposition; None takes the newest.
+    path : str or Path
+        File to write, ``*.ipynb``. It names the store relative to its own folder where that is
+        near, so that the two can move together.
+
+    Raises
+    ------
+    ArgumentError, ActstoreError
+        As `to_notebook`.
+
+    See Also
+    --------
+    to_notebook : Writes any cells.
+    """
+    store = Path(store_path).resolve()
+    place = os.path.relpath(store, Path(path).resolve().parent)
+    if place.count("..") > 1:
+        place = str(store)
+    named = "" if factors_name is None else repr(factors_name)
+    cells = [
+        ("markdown", "The store: one model, one corpus, every activation."),
+        ("code", f"import actstore\n\nstore = actstore.open({place!r})\nstore.info()"),
+        ("markdown", "Its factors: share of the energy, and how many neurons each is made of."),
+        ("code", f"factors = store.factors({named})\nfactors.table('factors').to_pandas()"),
+        (
+            "markdown",
+            "Hover or choose a factor; the text is shaded by its score, on one scale for all "
+            "documents.",
+        ),
+        ("code", "factors.view()"),
+        ("markdown", "The rows that drive each factor most, from SQL."),
+        (
+            "code",
+            'store.sql("""\n'
+            "    SELECT factor, rank, value, snippet(row_id, 6, 3) AS text\n"
+            "    FROM factor_exemplars\n"
+            "    WHERE result = $result AND side = 'top' AND rank <= 3\n"
+            "    ORDER BY factor, rank\n"
+            '""", result=factors.name).df()',
+        ),
+    ]
+    return to_notebook(path, cells, f"Factors of {store.name}")
