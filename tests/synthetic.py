@@ -17,10 +17,34 @@ from actstore.site import Site
 from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment, SiteInfo, StoreMeta
 from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKENS, VOCABULARY, WINDOWS
 
-WORDS = (
-    "amber basin cedar delta ember fjord grove heron inlet jetty kelp larch maple night "
-    "ocean prairie quartz river stone tundra umber valley willow xylem yarrow zenith"
-).split()
+WORDS = [
+    "amber",
+    "basin",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "heron",
+    "inlet",
+    "jetty",
+    "kelp",
+    "larch",
+    "maple",
+    "night",
+    "ocean",
+    "prairie",
+    "quartz",
+    "river",
+    "stone",
+    "tundra",
+    "umber",
+    "valley",
+    "willow",
+    "xylem",
+    "yarrow",
+    "zenith",
+]
 """The words of the made-up documents; word ``i`` has the token_id ``i + 1``."""
 
 CLS = 0
@@ -172,8 +196,8 @@ def _publish_plan(
             if not (is_first and special):
                 text = texts[window.document]
                 start = len(text) + bool(text)
-                texts[window.document] = f"{text} {WORDS[words[position]]}" if text else (
-                    WORDS[words[position]]
+                texts[window.document] = (
+                    f"{text} {WORDS[words[position]]}" if text else (WORDS[words[position]])
                 )
                 end = len(texts[window.document])
                 doc_position = n_tokens[window.document]

@@ -1,0 +1,102 @@
+"""The public face over a small captured store."""
+
+import numpy as np
+import pytest
+
+import actstore
+from actstore.errors import ArgumentError, StoreNotFound
+from toys import toy_model
+
+
+def test_one_prompt_is_one_line():
+    """Without a store path the store is temporary, small, and holds the prompt's tokens."""
+    module, tokenizer = toy_model("gpt2")
+
+    store = actstore.capture(module, text="The keys to the cabinet", tokenizer=tokenizer)
+
+    texts = [row["text"] for row in store.sql("SELECT text FROM tokens ORDER BY row_id")]
+    assert "".join(texts) == "The keys to the cabinet"
+    assert store.n_bytes() < 1_000_000
+
+
+def test_a_temporary_store_goes_with_its_object():
+    """The folder of a temporary store is deleted when nothing refers to the store."""
+    module, tokenizer = toy_model("gpt2")
+    store = actstore.capture(module, text="The keys", tokenizer=tokenizer)
+    path = store.path
+    assert path.exists()
+
+    del store
+    import gc
+
+    gc.collect()
+
+    assert not path.exists()
+
+
+def test_dask_gives_the_rows_and_their_ids(small_store):
+    """Row i of the dask array is the token row_ids[i], at every site."""
+    for site in small_store.sites:
+        array, row_ids = small_store.dask(site)
+
+        np.testing.assert_array_equal(array.compute(scheduler="sync"), small_store[site][row_ids])
+
+
+def test_rows_take_an_sql_condition(small_store):
+    """A decomposition over rows of a condition uses just the content rows that meet it."""
+    wanted = "documents.source = 'text 1'"
+    factors = small_store.nmf("mlp_post", 2, rows=wanted, name="some-rows")
+
+    (expected,) = small_store.sql(
+        "SELECT count(*) FROM tokens JOIN documents USING (document) "
+        f"WHERE {wanted} AND NOT special AND NOT first"
+    ).rows()[0]
+
+    assert factors.summary["n_rows"] == expected
+    assert factors.summary["rows"] == wanted
+
+
+def test_rows_of_no_token_are_refused(small_store):
+    """A condition that holds for no row says so, and what could be given."""
+    with pytest.raises(ArgumentError, match="expected 'content', 'all', or an SQL condition"):
+        small_store.nmf("mlp_post", 2, rows="position = 123456")
+
+
+def test_results_reopen_without_computing(small_store):
+    """Factors and similarities are found again by name."""
+    made = small_store.nmf("mlp_post", 3, name="kept")
+    reopened = actstore.open(small_store.path).factors("kept")
+
+    np.testing.assert_array_equal(made.loadings, reopened.loadings)
+
+
+def test_info_names_the_module_and_width_of_every_site(small_store):
+    """`info` shows where each site was found."""
+    text = str(small_store.info())
+
+    assert "mlp_post.0–2: 64 x float16, input of h.*.mlp.c_proj" in text
+    assert "resid_pre.0: 32 x float16, input of h.0" in text
+
+
+def test_estimate_counts_the_bytes_that_capture_then_takes(tmp_path, texts):
+    """Rows and bytes of an estimate are those of the capture."""
+    module, tokenizer = toy_model("gpt2")
+    options = {"text": texts, "tokenizer": tokenizer, "context": 16}
+
+    expected = actstore.estimate(module, **options)
+    store = actstore.capture(module, store=tmp_path / "store", **options)
+
+    assert expected.rows == store.n_rows()
+    assert expected.total_bytes == store.n_bytes()
+
+
+def test_opening_a_folder_without_a_store_says_how_to_make_one(tmp_path):
+    """The error names the folder and the remedy."""
+    with pytest.raises(StoreNotFound, match=r"actstore\.capture\(model, corpus, path\)"):
+        actstore.open(tmp_path)
+
+
+def test_a_policy_that_is_none_is_refused_before_the_model_loads():
+    """on_nan takes two words."""
+    with pytest.raises(ArgumentError, match="on_nan = 'maybe' is not 'error' or 'count'"):
+        actstore.capture("no/such/model", text="x", on_nan="maybe")

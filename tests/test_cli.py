@@ -1,0 +1,86 @@
+"""The command line, in process."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from actstore.cli import main
+
+
+@pytest.fixture
+def run():
+    def run(*args, code=0):
+        result = CliRunner().invoke(main, [str(arg) for arg in args])
+        assert result.exit_code == code, result.output + str(result.exception)
+        return result
+
+    return run
+
+
+def test_every_command_has_help_that_ends_in_an_example(run):
+    """`--help` of each command says what it does and ends in a line that runs."""
+    for name in main.commands:
+        text = run(name, "--help").output
+        assert text.rstrip().splitlines()[-1].strip().startswith(f"actstore {name}")
+
+
+def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
+    """A store is captured, shown, queried, factorised, compared and exported by commands alone."""
+    store = tmp_path / "store"
+
+    said = run("capture", model_folder, f"{texts_folder}/*.txt", store, "--context", 16).output
+    assert "tokens in 1 segments" in said
+
+    rows = [json.loads(line) for line in run("top", store, "mlp_post.1", 7, "-k", 3).output.splitlines()]
+    assert [row["rank"] for row in rows] == [1, 2, 3]
+
+    (count,) = [json.loads(x) for x in run("sql", store, "SELECT count(*) n FROM tokens").output.splitlines()]
+    assert count["n"] > 0
+    assert len(run("nmf", store, "--components", 2, "--name", "two").output.splitlines()) >= 2
+    assert "site_a" in run("similarity", store, "--format", "csv", "--tolerance", 0.5).output
+    for name in ("factors.html", "similarity.html"):
+        run("export", store, name.split(".")[0], "--to", tmp_path / name)
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert json.loads(run("info", store, "--json").output)["results"] == ["nmf/two", "similarity/similarity-1"]
+    run("finish", store)
+
+
+def test_dry_run_writes_nothing(run, tmp_path, model_folder, texts_folder):
+    """`--dry-run` prints rows, bytes, seconds and memory, and leaves no store behind."""
+    store = tmp_path / "store"
+    said = run("capture", model_folder, texts_folder, store, "--dry-run").output
+
+    assert not store.exists()
+    for word in ("rows", "bytes", "seconds", "memory", "mlp_post.2"):
+        assert word in said
+
+
+def test_known_errors_are_one_line_and_exit_1(run, tmp_path):
+    """An error of the tree shows its message, no traceback."""
+    result = run("info", tmp_path / "nothing", code=1)
+
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    assert "actstore.capture(model, corpus, path)" in result.stderr
+
+
+def test_sql_errors_pass_on_what_duckdb_says(run, small_store):
+    """A misspelt view gets DuckDB's own message, without a traceback."""
+    result = run("sql", small_store.path, "SELECT * FROM neuron", code=1)
+
+    assert "neurons" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_usage_errors_exit_2(run, small_store):
+    """A missing argument, or an export to a kind of file that is not known, is usage."""
+    run("top", small_store.path, code=2)
+    run("nmf", small_store.path, "--components", "many", code=2)
+
+
+def test_sites_of_a_model(run, model_folder):
+    """`sites` lists module, side and width of each capture point."""
+    rows = [json.loads(line) for line in run("sites", model_folder).output.splitlines()]
+
+    assert {"site": "mlp_post.2", "width": 64, "side": "input", "module": "h.2.mlp.c_proj"} in rows

@@ -1,0 +1,59 @@
+"""Every block of code in README and docs runs, and every file they name exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from actstore.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    """Return the fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_the_readme_runs(tmp_path, monkeypatch, model_folder, texts_folder):
+    """The ten lines of Python in the README run as they stand, on a toy model and its texts."""
+    (block,) = blocks(ROOT / "README.md", "python")
+    (tmp_path / "speeches").symlink_to(texts_folder)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(block, "README.md", "exec"), {})
+
+    assert (tmp_path / "factors.html").exists()
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_python_in_the_docs_runs(page, small_store):
+    """Python blocks of a page run one after the other, over a store with results."""
+    names = {"store": small_store}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sql_in_the_docs_runs(page, small_store):
+    """SQL blocks of a page are answered."""
+    for block in blocks(page, "sql"):
+        small_store.sql(block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_links_exist(page):
+    """Links to files of the repository lead somewhere."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_command_is_in_the_readme():
+    """A command that the README does not name is a command nobody finds."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    for name in set(main.commands) - {"finish"}:
+        assert f"actstore {name}" in text or f"make {name}" in text, name
