@@ -21,7 +21,6 @@ from actstore.store.info import Info, info
 
 if TYPE_CHECKING:
     import dask.array
-    import duckdb
 
     from actstore.capture import Estimate
     from actstore.query import Answer, Top
@@ -106,7 +105,16 @@ class Store(CoreStore):
             self.__dict__["_kept_database"] = Database(self)
         return self.__dict__["_kept_database"]
 
-    def top(self, site: str | Site, neuron: int, k: int = 20, *, largest: bool = True) -> Top:
+    def top(
+        self,
+        site: str | Site,
+        neuron: int,
+        k: int = 20,
+        *,
+        largest: bool = True,
+        before: int = 8,
+        after: int = 8,
+    ) -> Top:
         """Return the rows that drive a neuron most, with the text around them.
 
         Exact for every k: from the index where it reaches, else by reading the neuron's column.
@@ -122,6 +130,8 @@ class Store(CoreStore):
             How many rows.
         largest : bool, default True
             False for the lowest values.
+        before, after : int, default 8
+            Tokens of context on either side.
 
         Returns
         -------
@@ -135,7 +145,7 @@ class Store(CoreStore):
         """
         from actstore.query import top
 
-        return top(self, site, neuron, k, largest=largest)
+        return top(self, site, neuron, k, largest=largest, before=before, after=after)
 
     def nmf(
         self,
@@ -278,11 +288,6 @@ class Store(CoreStore):
             if n_rows
         ]
         return da.concatenate(blocks), self[site].row_ids()
-
-    def connect(self) -> duckdb.DuckDBPyConnection:
-        """Return a DuckDB connection of your own with all views: nothing in it is refused."""
-        connection: duckdb.DuckDBPyConnection = self._database.connect()
-        return connection
 
 
 def _delayed(function: Any) -> Any:

@@ -148,7 +148,7 @@ def run_demo(
         factors.to_html(page)
     if not notebook.exists():
         factors.to_notebook(notebook)
-    site = store.sites[0]
+    site = store.select("mlp_post")[-1].site
     say(
         f"\nDone in {time.perf_counter() - started:.0f} s. Everything is in {home}:\n"
         f"  {home / 'store'}  the store ({store.n_bytes() / 1e9:.1f} GB)\n"
@@ -170,12 +170,12 @@ def questions(store: Store) -> list[tuple[str, str]]:
         (
             "Which neurons fire most selectively?",
             "SELECT site, neuron, round(kurtosis, 1) AS kurtosis, round(max, 2) AS max, "
-            "round(share_positive, 3) AS share_positive FROM neurons WHERE hook = 'mlp_post' "
-            "ORDER BY kurtosis DESC LIMIT 5",
+            "round(share_positive, 4) AS share_positive FROM neurons WHERE hook = 'mlp_post' "
+            "AND max > 1 ORDER BY kurtosis DESC LIMIT 5",
         ),
         (
             f"Which tokens drive a neuron of layer {layer} most?",
-            "SELECT rank, text, round(value, 2) AS value, source FROM exemplars "
+            "SELECT rank, tokens.text, round(value, 2) AS value, source FROM exemplars "
             "JOIN tokens USING (row_id) JOIN documents ON documents.document = tokens.document "
             f"WHERE site = 'mlp_post.{layer}' AND neuron = 77 AND side = 'top' "
             "ORDER BY rank LIMIT 5",

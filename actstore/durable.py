@@ -174,6 +174,11 @@ def unsealed(document: Any, where: object) -> dict[str, Any]:
     )
 
 
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return the content of a sealed JSON file, or raise `DamagedFile`."""
+    return unsealed(read_json(path), path)
+
+
 def _crc32c_of_json(document: Any) -> int:
     # As JSON gives it back: tuples are lists there, and keys are strings.
     return int(google_crc32c.value(json.dumps(document, sort_keys=True).encode()))

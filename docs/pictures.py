@@ -30,6 +30,8 @@ def main() -> None:
         page = store.similarity_result().to_html(Path(folder) / "similarity.html")
         browser.viewport(1000, 800, scale=1.5)
         browser.open(page)
+        height = browser.evaluate("Math.ceil(document.querySelector('main').scrollHeight)")
+        browser.viewport(1000, height, scale=1.5)
         browser.screenshot(PICTURES / "similarity.png", whole=False)
     for path in sorted(PICTURES.glob("*.png")):
         sys.stdout.write(f"{path}\n")

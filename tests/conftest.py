@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Of small products two threads make slow ones, the more so on a machine with other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.metadata
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from actstore.models import LanguageModel, load
 from tests.captured import DOCUMENTS, Captured, capture
 from tests.toys import toy_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 # Runs are timed on shared machines, and a failure on one should be found on all of them.
 hypothesis.settings.register_profile(
     "actstore", deadline=None, derandomize=True, max_examples=40, print_blob=True

@@ -143,8 +143,11 @@ def _merge(
 
 def _neurons(info: SiteInfo, merged: dict[str, Any]) -> pa.Table:
     site = info.site
-    content = _MOMENTS.finish(merged["moments"])
     others = _MOMENTS.finish(merged["others"])
+    statistics = {
+        **_MOMENTS.finish(merged["moments"]),
+        **{f"other_{name}": others[name] for name in ("n", "mean", "std", "min", "max")},
+    }
     return pa.table(
         {
             "site": pa.repeat(str(site), info.width),
@@ -152,8 +155,8 @@ def _neurons(info: SiteInfo, merged: dict[str, Any]) -> pa.Table:
             "hook": pa.repeat(site.hook, info.width),
             "layer": pa.repeat(pa.scalar(site.layer, pa.int32()), info.width),
             "neuron": pa.array(np.arange(info.width), pa.int32()),
-            **content,
-            **{f"other_{name}": others[name] for name in ("n", "mean", "std", "min", "max")},
+            # What no value defines is null: readers believe Parquet's minima, which leave NaN out.
+            **{name: pa.array(column, from_pandas=True) for name, column in statistics.items()},
         }
     )
 

@@ -8,8 +8,10 @@ tell.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 
 import fsspec
 import google_crc32c
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actstore.errors import CorpusError
@@ -101,7 +104,8 @@ def _find_files(pattern: str) -> list[Path]:
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES))
+        found = sorted(path.rglob("*"))
+        found = [p for p in found if p.is_file() and p.name.lower().endswith(SUFFIXES)]
         if not found:
             raise CorpusError(f"{pattern} holds no corpus file; expected {', '.join(SUFFIXES)}.")
     else:
@@ -162,22 +166,31 @@ class Records:
     """Documents of a dataset or any other iterable, read as they come."""
 
     items: Iterable[Any]
-    """The iterable; iterated once in a capture."""
+    """The iterable.  An iterator, which ends with its first use, is used once in a capture."""
+    _head: list[Any] = field(default_factory=list, repr=False)
+    """What an iterator gave up to its first text: given out again to the next who asks."""
 
     def describe(self) -> dict[str, Any]:
-        """Return the dataset's own fingerprint where it has one."""
+        """Return the dataset's own fingerprint where it has one, and that of the first text."""
         return {
             "kind": "records",
             "type": type(self.items).__name__,
             "fingerprint": str(getattr(self.items, "_fingerprint", "")),
+            "first": next((Texts([d]).describe()["crc32c"] for d in self if d.text.strip()), None),
         }
 
     def text_bytes(self) -> None:
         """Return None: nobody knows before the end."""
 
     def __iter__(self) -> Iterator[Document]:
-        for number, item in enumerate(self.items):
-            yield _as_document(item, number)
+        once = iter(self.items) is self.items
+        has_text = False
+        for number, item in enumerate(itertools.chain(tuple(self._head), self.items)):
+            if once and not has_text and number >= len(self._head):
+                self._head.append(item)
+            document = _as_document(item, number)
+            has_text = has_text or bool(document.text.strip())
+            yield document
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,11 @@ class Files:
     def _decode(self, path: Path, data: bytes, before: int = 0) -> str:
         try:
             return data.decode(self.encoding, self.errors)
+        except LookupError as error:
+            raise CorpusError(
+                f"{path} cannot be decoded: {error}. Give encoding= (--encoding) and errors= "
+                "(--errors) values that Python's `open` knows, such as 'latin-1' and 'replace'."
+            ) from None
         except UnicodeDecodeError as error:
             raise CorpusError(
                 f"{path} is not {self.encoding}: byte {data[error.start]:#04x} at offset "
@@ -228,8 +246,8 @@ class Files:
 
     def _json_lines(self, path: Path) -> Iterator[Document]:
         offset = 0
-        with fsspec.open(str(path), "rb", compression="infer") as lines:
-            for number, line in enumerate(lines):
+        with _open_compressed(path) as lines:
+            for number, line in enumerate(_readable(path, lines)):
                 if line.strip():
                     try:
                         item = json.loads(self._decode(path, line, offset))
@@ -241,16 +259,41 @@ class Files:
                 offset += len(line)
 
     def _parquet(self, path: Path) -> Iterator[Document]:
-        file = pq.ParquetFile(path)
+        try:
+            file = pq.ParquetFile(path)
+        except pa.ArrowException as error:
+            raise _not_readable(path, error) from None
         if "text" not in file.schema_arrow.names:
             raise CorpusError(
                 f"{path} has no column 'text'; it has {', '.join(file.schema_arrow.names)}."
             )
         number = 0
-        for batch in file.iter_batches(batch_size=256):
+        for batch in _readable(path, file.iter_batches(batch_size=256)):
             for item in batch.to_pylist():
                 yield _as_document(item, number, f"{path.name}:{number}")
                 number += 1
+
+
+def _open_compressed(path: Path) -> Any:
+    try:
+        return fsspec.open(str(path), "rb", compression="infer")
+    except ValueError as error:  # a codec that is not installed
+        raise _not_readable(path, error) from None
+
+
+def _readable(path: Path, items: Iterable[Any]) -> Iterator[Any]:
+    """Yield what a file gives, and say which file it was if it breaks off."""
+    try:
+        yield from items
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise _not_readable(path, error) from None
+
+
+def _not_readable(path: Path, error: Exception) -> CorpusError:
+    return CorpusError(
+        f"{path} cannot be read: {error}. Expected a whole {path.suffix} file; restore it, or "
+        "leave it out of the corpus."
+    )
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

@@ -7,12 +7,11 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actstore.capture.corpus import open_corpus
-from actstore.capture.plan import Limits, cut_windows, encode_documents, make_plan
+from actstore.capture.corpus import Corpus, Document, Texts, open_corpus
+from actstore.capture.plan import Limits, cut_corpus, make_plan
 from actstore.capture.run import Settings, check_path, new_meta, shard_bytes
 from actstore.capture.worker import Worker
 from actstore.errors import CorpusError
@@ -22,6 +21,7 @@ from actstore.store import CoreStore, StoreMeta
 from actstore.store.budget import Progress, parse_budget
 
 _PROBE_BATCHES = 3
+_PROBE_DOCUMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run_estimate(
     *,
     text: str | Iterable[str] | None = None,
     tokenizer: Any = None,
-    settings: Settings = Settings(),
+    settings: Settings = Settings(),  # noqa: B008 - frozen
     device: str = "auto",
     budget: int | str | None = None,
     encoding: str = "utf-8",
@@ -96,19 +96,15 @@ def run_estimate(
     loaded = model if isinstance(model, LanguageModel) else load(model, tokenizer, device=device)
     meta = new_meta(loaded, documents, settings, n_bytes)
     sizes = [0]
+    head: list[Document] = []
     n_documents = 0
-    for number, _, encoded in encode_documents(iter(documents), 0, loaded):
-        limits = settings.limits
-        done = sum(sizes)
-        if limits.max_tokens is not None and done >= limits.max_tokens:
-            break
-        left = None if limits.max_tokens is None else limits.max_tokens - done
-        caps = [n for n in (left, limits.max_document_tokens) if n is not None]
-        cap = min(caps) if caps else None
-        for window in cut_windows(number, encoded, loaded, meta.context, meta.overlap, cap):
+    for cut in cut_corpus(documents, loaded, meta, settings.limits):
+        for window in cut.windows:
             if sizes[-1] + window.rows > meta.segment_rows:
                 sizes.append(0)
             sizes[-1] += window.rows
+        if len(head) < _PROBE_DOCUMENTS:
+            head.append(cut.document)
         n_documents += 1
         if progress:
             progress("plan", n_documents, 0)
@@ -118,7 +114,7 @@ def run_estimate(
     for info in meta.sites:
         layout = ShardLayout.for_width(info.width, meta.segment_rows, info.dtype, meta.chunk_rows)
         site_bytes[str(info.site)] = sum(shard_bytes(layout, rows) for rows in sizes)
-    rate, waited, bands = _probe(loaded, documents, meta, n_bytes)
+    rate, waited, bands = _probe(loaded, Texts(head), meta, n_bytes)
     folder = Path(path or ".")
     while not folder.exists():
         folder = folder.parent
@@ -136,13 +132,13 @@ def run_estimate(
 
 
 def _probe(
-    model: LanguageModel, corpus: Any, meta: StoreMeta, budget: int
+    model: LanguageModel, corpus: Corpus, meta: StoreMeta, budget: int
 ) -> tuple[float, float, int]:
     """Capture a few batches aside: rows a second, share of time waited for the disk, bands."""
     with tempfile.TemporaryDirectory(prefix="actstore-probe-") as folder:
         store = CoreStore.create(folder, replace(meta, store_id="probe"))
         wanted = Limits(max_tokens=(_PROBE_BATCHES + 1) * meta.batch_tokens)
-        make_plan(store, model, _Head(corpus), wanted)
+        make_plan(store, model, corpus, wanted)
         marks: list[tuple[float, int]] = []
         worker = Worker(
             store,
@@ -158,19 +154,3 @@ def _probe(
             start, first = start - worker.timing.forward, 0
         seconds = max(end - start, 1e-6)
         return (last - first) / seconds, worker.timing.waiting / seconds, worker.n_bands
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The first documents of a corpus."""
-
-    corpus: Any
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "probe"}
-
-    def text_bytes(self) -> None:
-        return None
-
-    def __iter__(self) -> Any:
-        return islice(iter(self.corpus), 64)

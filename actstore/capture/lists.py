@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actstore.errors import DamagedFile
 from actstore.folds import FOLDS, TopK
 from actstore.folds.topk import Ranked, Thresholds, TopKState
 from actstore.site import Site
@@ -111,16 +112,20 @@ class RunningLists:
 
     def advance(self, segment: int) -> None:
         """Take in the committed segments below one that is about to be captured."""
-        unknown = self._unknown(segment)
-        if not unknown:
-            return
-        generation = self._store.prefix_index()
-        if generation is not None and set(unknown) & set(generation.covers):
-            self._start()  # another worker's compaction has taken their partials
-        for committed in self._unknown(segment):
-            with PartialReader(self._store, committed, "folds") as partial:
-                lists = {site: unpack(partial, site, "topk") for site in self._states}
-            self.add(committed, lists)
+        while unknown := self._unknown(segment):
+            generation = self._store.prefix_index()
+            if generation is not None and set(unknown) & set(generation.covers):
+                self._start()  # another worker's compaction has taken their partials
+                continue
+            try:
+                with PartialReader(self._store, unknown[0], "folds") as partial:
+                    lists = {site: unpack(partial, site, "topk") for site in self._states}
+            except DamagedFile:
+                newer = self._store.prefix_index()
+                if newer is None or unknown[0] not in newer.covers:
+                    raise
+                continue  # a compaction took it just now
+            self.add(unknown[0], lists)
 
     def add(self, segment: int, lists: Mapping[Site, TopKState]) -> None:
         """Take in the lists of a segment that has just been committed."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +27,12 @@ from actstore import durable
 from actstore.capture.corpus import Corpus, Document
 from actstore.errors import CorpusError, StoreMismatch
 from actstore.models import Encoded, LanguageModel
-from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment
+from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment, StoreMeta
 from actstore.store.budget import Progress
 from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKENS, WINDOWS
 
 PART_ROWS = 1 << 20
-"""A part ends with the first document that brings it to this many rows."""
+"""A part ends with the first document that brings it to this many rows, or with the corpus."""
 
 _BATCH_CHARS = 1 << 20
 
@@ -88,11 +89,11 @@ def cut_windows(
     n_special = len(prefix) + len(suffix)
     special_ids = np.array(sorted(model.special_ids))
     body = context - n_special
-    left = len(encoded.ids) if max_rows is None else max_rows
+    left = math.inf if max_rows is None else max_rows
     start = 0
     while start < len(encoded.ids):
         n_context = overlap if start else 0
-        n_own = min(body - n_context, len(encoded.ids) - start, left - n_special)
+        n_own = int(min(body - n_context, len(encoded.ids) - start, left - n_special))
         if n_own <= 0:
             return
         own = slice(start, start + n_own)
@@ -122,7 +123,43 @@ def cut_windows(
             },
         )
         start += n_own
-        left -= n_own + n_special if max_rows is not None else 0
+        left -= n_own + n_special
+
+
+@dataclass(frozen=True)
+class CutDocument:
+    """A document and the windows it was cut into."""
+
+    number: int
+    """Its number in the store."""
+    document: Document
+    """The document."""
+    n_encoded: int
+    """Tokens of its whole text."""
+    windows: list[Window]
+    """Its windows, in order; none if it has no token."""
+
+
+def cut_corpus(
+    corpus: Corpus,
+    model: LanguageModel,
+    meta: StoreMeta,
+    limits: Limits,
+    first: int = 0,
+    rows_done: int = 0,
+) -> Iterator[CutDocument]:
+    """Yield the documents from number `first` on, cut into windows, as far as they are wanted."""
+    n_special = len(model.prefix_ids) + len(model.suffix_ids)
+    documents = itertools.islice(corpus, first, None)
+    for number, document, encoded in encode_documents(documents, first, model):
+        left = None if limits.max_tokens is None else limits.max_tokens - rows_done
+        if left is not None and left <= n_special:
+            return  # no further window fits
+        caps = [n for n in (left, limits.max_document_tokens) if n is not None]
+        cap = min(caps) if caps else None
+        windows = list(cut_windows(number, encoded, model, meta.context, meta.overlap, cap))
+        yield CutDocument(number, document, len(encoded.ids), windows)
+        rows_done += sum(window.rows for window in windows)
 
 
 @dataclass
@@ -141,6 +178,24 @@ class _PartBuilder:
     _open_rows: int = 0
     _tokens: list[pa.Table] = field(default_factory=list)
     _windows: list[pa.Table] = field(default_factory=list)
+
+    def add_document(self, cut: CutDocument) -> None:
+        last_char = n_tokens = 0
+        for window in cut.windows:
+            self.add_window(window)
+            n_tokens += int((window.columns["doc_position"] >= 0).sum())
+            last_char = max(last_char, int(window.columns["char_end"].max()))
+        # What was not tokenised is not part of the store's text.
+        text = cut.document.text
+        self.documents.append(
+            {
+                "document": cut.number,
+                "source": cut.document.source,
+                "n_tokens": n_tokens,
+                "text": text if n_tokens == cut.n_encoded else text[:last_char],
+                "metadata": json.dumps(cut.document.metadata, ensure_ascii=False, default=str),
+            }
+        )
 
     def add_window(self, window: Window) -> None:
         if self._open_rows + window.rows > self.store.meta.segment_rows:
@@ -255,49 +310,25 @@ def make_plan(
     with store.plan_lock():
         store.refresh()
         _check_same_corpus(store, described)
+        # A crash between a part and what follows from it left that undone.
+        store.grow_arrays()
+        if not store.has_vocabulary:
+            store.write_vocabulary(_vocabulary(model))
         if store.plan_complete:
             return
         done = store.n_documents
         rows_done = sum(s.rows[""] for s in store.planned.values())
         builder = _next_part(store)
-        documents = itertools.islice(corpus, done, None)
-        for number, document, encoded in encode_documents(documents, done, model):
-            left = None if limits.max_tokens is None else limits.max_tokens - rows_done
-            caps = [n for n in (left, limits.max_document_tokens) if n is not None]
-            last_char = n_tokens = 0
-            for window in cut_windows(
-                number,
-                encoded,
-                model,
-                store.meta.context,
-                store.meta.overlap,
-                min(caps) if caps else None,
-            ):
-                builder.add_window(window)
-                rows_done += window.rows
-                n_tokens += int((window.columns["doc_position"] >= 0).sum())
-                last_char = max(last_char, int(window.columns["char_end"].max()))
-            builder.documents.append(
-                {
-                    "document": number,
-                    "source": document.source,
-                    "n_tokens": n_tokens,
-                    # What was not tokenised is not part of the store's text.
-                    "text": document.text
-                    if n_tokens == len(encoded.ids)
-                    else document.text[:last_char],
-                    "metadata": json.dumps(document.metadata, ensure_ascii=False, default=str),
-                }
-            )
-            if progress:
-                progress("plan", number + 1, 0)
-            if limits.max_tokens is not None and rows_done >= limits.max_tokens:
-                break
+        for cut in cut_corpus(corpus, model, store.meta, limits, done, rows_done):
+            # Published before the next document, not after the last: the end of the corpus and of
+            # the part are then one.
             if builder.n_rows >= PART_ROWS:
                 builder.publish(False, described)
                 builder = _next_part(store)
+            builder.add_document(cut)
+            if progress:
+                progress("plan", cut.number + 1, 0)
         builder.publish(True, described)
-        store.write_vocabulary(_vocabulary(model))
 
 
 def _next_part(store: CoreStore) -> _PartBuilder:
@@ -314,15 +345,29 @@ def _check_same_corpus(store: CoreStore, described: Mapping[str, Any]) -> None:
         return
     # What JSON does to tuples and keys must not look like a difference.
     new = json.loads(json.dumps(described))
-    old = dict(store.parts[0].corpus)
-    changed = [key for key in sorted({*new, *old}) if new.get(key) != old.get(key)]
-    if changed:
-        key = changed[0]
+    if found := _difference("", dict(store.parts[0].corpus), new):
+        what, was, now = found
         raise StoreMismatch(
-            f"{store.path} was planned from another corpus: {key} was {_short(old.get(key))}, now "
-            f"it is {_short(new.get(key))}. Give the same corpus and limits to go on with it, or "
-            "name a new store."
+            f"{store.path} was planned from another corpus: {what} was {_short(was)}, now it is "
+            f"{_short(now)}. Give the same corpus and limits to go on with it, or name a new store."
         )
+
+
+def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """Return where two JSON values first differ, and how."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        # A corpus of another kind differs in everything; its kind says it best.
+        for key in sorted({*old, *new}, key=lambda key: (key != "kind", key)):
+            found = _difference(f"{name}.{key}".lstrip("."), old.get(key), new.get(key))
+            if found:
+                return found
+        return None
+    if isinstance(old, list) and isinstance(new, list):
+        for i, (a, b) in enumerate(zip(old, new, strict=False)):
+            if found := _difference(f"{name}[{i}]", a, b):
+                return found
+        return (f"the number of {name}", len(old), len(new)) if len(old) != len(new) else None
+    return (name, old, new) if old != new else None
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from actstore.errors import ArgumentError, NotEnoughDisk, StoreMismatch, StoreNo
 from actstore.models import LanguageModel, load
 from actstore.shard import ShardLayout
 from actstore.site import Site, summarize
-from actstore.store import CoreStore, SiteInfo, StoreMeta
+from actstore.store import CoreStore, SiteInfo, StoreMeta, is_vacant
 from actstore.store.budget import Progress, parse_budget
 
 SEGMENT_BYTES = 512 * 2**20
@@ -60,7 +60,7 @@ class Settings:
     """Leading tokens of later windows that are context only; default 0."""
     batch_tokens: int | None = None
     """Tokens of one forward pass, padding counted; default 4,096."""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     """How much of the corpus is wanted."""
 
 
@@ -109,7 +109,7 @@ def choose_dtypes(
     sites = list(sites)
     if dtype != "auto":
         return dict.fromkeys(sites, dtype)
-    if model.dtype != "float32":
+    if model.dtype in ("float16", "bfloat16"):
         return dict.fromkeys(sites, model.dtype)
     largest = probe(model, sites, corpus)
     return {
@@ -146,19 +146,35 @@ def _first(corpus: Corpus) -> list[Any]:
 def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: int) -> StoreMeta:
     """Return the facts of a store to be made."""
     wanted = model.select(settings.sites or DEFAULT_SITES)
-    context = settings.context or min(_DEFAULT_CONTEXT, model.context_limit)
-    overlap = settings.overlap or 0
+    context, overlap, batch_tokens = settings.context, settings.overlap or 0, settings.batch_tokens
+    if context is None:
+        context = min(_DEFAULT_CONTEXT, model.context_limit)
+    if batch_tokens is None:
+        batch_tokens = max(_DEFAULT_BATCH_TOKENS, context)
     n_special = len(model.prefix_ids) + len(model.suffix_ids)
     if not n_special < context <= model.context_limit:
         raise ArgumentError(
             f"context = {context} cannot be: {model.name} takes at most {model.context_limit} "
-            f"tokens, and {n_special} of a window are special ones."
+            f"tokens, and {n_special} of a window are special ones. Give another context= "
+            "(--context)."
         )
     if not 0 <= overlap < context - n_special:
         raise ArgumentError(
             f"overlap = {overlap} must be at least 0 and less than the {context - n_special} "
             "tokens of text in a window."
         )
+    if batch_tokens < context:
+        raise ArgumentError(
+            f"batch_tokens = {batch_tokens} must hold a window of context = {context} tokens; give "
+            "more batch_tokens= (--batch-tokens) or less context= (--context)."
+        )
+    for name in ("max_tokens", "max_document_tokens"):
+        limit = getattr(settings.limits, name)
+        if limit is not None and limit <= n_special:
+            raise ArgumentError(
+                f"{name} = {limit} leaves no token of text: {n_special} of a window are special "
+                f"ones. Give more than {n_special}, or leave {name} out."
+            )
     dtypes = choose_dtypes(model, wanted, settings.dtype, corpus)
     points = model.points
     infos = tuple(
@@ -184,7 +200,7 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
         keep="all",
         context=context,
         overlap=overlap,
-        batch_tokens=settings.batch_tokens or max(_DEFAULT_BATCH_TOKENS, context),
+        batch_tokens=batch_tokens,
         versions={
             "python": platform.python_version(),
             **{name: version(name) for name in ("actstore", "torch", "transformers", "numpy")},
@@ -253,9 +269,9 @@ def open_or_create(
     try:
         store = CoreStore(path)
     except StoreNotFound:
+        # Another process may have made one there meanwhile.
         store = CoreStore.create(path, new_meta(model, corpus, settings, budget))
-    else:
-        check_same_capture(store, model, settings)
+    check_same_capture(store, model, settings)
     return store
 
 
@@ -309,5 +325,5 @@ def check_path(path: str | Path | None) -> None:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise StoreNotFound(f"{folder} is a file; name a folder for the store.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if not is_vacant(folder):
         CoreStore(folder)

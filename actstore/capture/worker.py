@@ -374,6 +374,7 @@ class Worker:
         token = self._store.tokens_of([row_id]).to_pylist()[0]
         document = self._store.document(token["document"])
         text = document["text"][token["char_start"] : token["char_end"]]
+        text = text or self._store.vocabulary["text"][token["token_id"]].as_py()
         remedy = (
             "on_nan='count' (--on-nan count) stores them and keeps them out of every fold"
             if kind == "NaN"

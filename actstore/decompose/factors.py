@@ -54,7 +54,8 @@ class Factors:
         return (
             f"<Factors {self.name!r}: {self.n_components} factors of "
             f"{summarize(info.site for info in self.sites)} ({self.n_neurons:,} neurons) over "
-            f"{self.summary['n_rows']:,} rows, error {self.summary['error']:.4f}, {self.store.path}>"
+            f"{self.summary['n_rows']:,} rows of {self.store.path}, error "
+            f"{self.summary['error']:.4f}>"
         )
 
     @property
@@ -64,7 +65,7 @@ class Factors:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """How the factors were computed and how good they are: ``result.json`` without its files."""
+        """How the factors were computed and how good they are."""
         return {key: value for key, value in self.result.document.items() if key != "files"}
 
     @property
@@ -168,7 +169,7 @@ class Factors:
         return self.result.table(name)
 
     def top_neurons(self, factor: int, k: int = 20) -> pa.Table:
-        """Return the neurons with a factor's largest loadings: site, layer, neuron, loading, …"""
+        """Return the neurons with a factor's largest loadings, as in the table ``loadings``."""
         table = self._of_factor("loadings", factor)
         order = pc.sort_indices(table, [("loading", "descending")])
         return table.take(order[:k])

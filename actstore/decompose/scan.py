@@ -18,6 +18,7 @@ Rows are numbered here by *rank*, their place among the chosen rows; ranks never
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ Ids = npt.NDArray[np.int64]
 BLOCK_ROWS = 512
 """Rows of a block: it stays in the processor's cache, where a product with it is fastest."""
 
-RUN_ROWS = 64
+RUN_ROWS = 32
 """Rows of a run, read together and dealt to different blocks."""
 
 GROUP_ROWS = 8192
@@ -112,13 +113,13 @@ class Scan:
         self._segments = rows.segments
         counts = [len(rows.offsets(segment)) for segment in self._segments]
         self._firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        edges = np.cumsum([0] + [info.width for info in infos])
+        edges = np.cumsum([0] + [info.width for info in infos]).tolist()
         self.columns: dict[Site, slice] = {
-            info.site: slice(int(a), int(b))
-            for info, a, b in zip(infos, edges[:-1], edges[1:], strict=True)
+            info.site: slice(a, b)
+            for info, (a, b) in zip(infos, itertools.pairwise(edges), strict=True)
         }
         """The columns of each site in a block."""
-        self.width = int(edges[-1])
+        self.width: int = edges[-1]
         """Columns of a block."""
         self.n_rows = rows.n_rows
         """Rows that a pass serves."""
@@ -131,16 +132,20 @@ class Scan:
 
     def ordered(self, block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
         """Serve every row once, in row order; no block spans two segments."""
-        pairs = zip(self._firsts[:-1], self._firsts[1:], strict=True)
         blocks = (
             np.arange(start, min(start + block_rows, last))
-            for first, last in pairs
+            for first, last in itertools.pairwise(self._firsts.tolist())
             for start in range(first, last, block_rows)
         )
         return self._serve(blocks, block_rows)
 
     def mixed(
-        self, block_rows: int = BLOCK_ROWS, *, run_rows: int = RUN_ROWS, epoch: int = 0
+        self,
+        block_rows: int = BLOCK_ROWS,
+        *,
+        run_rows: int = RUN_ROWS,
+        epoch: int = 0,
+        limit: int | None = None,
     ) -> Iterator[Block]:
         """Serve every row once, mixed; all blocks but the last have `block_rows` rows.
 
@@ -152,8 +157,10 @@ class Scan:
             Rows that are read together.  With 1, blocks are random samples without replacement.
         epoch : int, default 0
             Each epoch has another order.
+        limit : int, optional
+            Serve about so many rows only, a random choice of runs.
         """
-        return self._serve(self._deal(block_rows, run_rows, epoch), block_rows)
+        return self._serve(self._deal(block_rows, run_rows, epoch, limit), block_rows)
 
     def sample(self, n_rows: int, block_rows: int = BLOCK_ROWS) -> Sample:
         """Return a sample of about `n_rows` rows, in runs, that can be gone through again."""
@@ -163,9 +170,11 @@ class Scan:
         ranks = (runs[:, None] * RUN_ROWS + np.arange(RUN_ROWS)).ravel()
         return Sample(self, ranks[ranks < self.n_rows], block_rows)
 
-    def _deal(self, block_rows: int, run_rows: int, epoch: int) -> Iterator[Ids]:
+    def _deal(self, block_rows: int, run_rows: int, epoch: int, limit: int | None) -> Iterator[Ids]:
         rng = np.random.default_rng([self._seed, 1 + epoch])
-        runs = rng.permutation(-(-self.n_rows // run_rows))
+        n_all = -(-self.n_rows // run_rows)
+        n_chosen = n_all if limit is None else min(n_all, -(-limit // run_rows))
+        runs = rng.choice(n_all, n_chosen, replace=False)
         n_runs = max(GROUP_ROWS, block_rows) // run_rows
         hand = np.empty(0, dtype=np.int64)
         for start in range(0, len(runs), n_runs):
@@ -183,6 +192,14 @@ class Scan:
     def _row_bytes(self) -> int:
         return sum(info.row_bytes for info in self._infos)
 
+    def _block_bytes(self, block_rows: int) -> int:
+        """Return what a block takes: its float32 values, the rows behind it, the rows ahead."""
+        return block_rows * (4 * self.width + 2 * self._row_bytes)
+
+    def fits(self, block_rows: int) -> bool:
+        """Return whether blocks of so many rows fit the budget."""
+        return self._block_bytes(block_rows) <= self._free_bytes
+
     def rows_at_once(self, block_rows: int) -> int:
         """Return how many rows are read at once so that all fits the budget.
 
@@ -191,23 +208,17 @@ class Scan:
         BudgetExceeded
             If not even one block does.
         """
-        # One float32 block, the rows it comes from, and the rows being read meanwhile.
-        block_bytes = block_rows * self.width * 4
-        n_blocks = (self._free_bytes - block_bytes) // (2 * block_rows * self._row_bytes)
-        if n_blocks < 1:
-            needed = (
-                self._budget_bytes
-                - self._free_bytes
-                + block_bytes
-                + 2 * block_rows * self._row_bytes
-            )
+        if not self.fits(block_rows):
+            needed = self._budget_bytes - self._free_bytes + self._block_bytes(block_rows)
             raise BudgetExceeded(
                 f"{summarize(self.columns)} ({self.width:,} neurons) needs at least {needed:,} "
                 f"bytes in blocks of {block_rows} rows ({self._reserved_bytes:,} of them for the "
-                f"result), and the budget is {self._budget_bytes:,}. Pass budget={needed:,} or "
+                f"result), and the budget is {self._budget_bytes:,}. Pass budget={needed} or "
                 "more, or fewer sites."
             )
-        return min(int(n_blocks) * block_rows, max(GROUP_ROWS, block_rows))
+        spare = self._free_bytes - 4 * block_rows * self.width
+        n_blocks = spare // (2 * block_rows * self._row_bytes)
+        return min(n_blocks * block_rows, max(GROUP_ROWS, block_rows))
 
     def _serve(self, blocks: Iterable[Ids], block_rows: int) -> Iterator[Block]:
         """Yield the blocks with the given ranks, reading some ahead in a thread."""
@@ -256,7 +267,7 @@ class Scan:
             # A span is read at once: its rows are near each other and not too many.
             jumps = (np.diff(offsets) > _GAP_ROWS) | (np.diff(offsets // _SPAN_ROWS) != 0)
             breaks = [0, *(np.flatnonzero(jumps) + 1).tolist(), high - low]
-            for a, b in zip(breaks[:-1], breaks[1:], strict=True):
+            for a, b in itertools.pairwise(breaks):
                 self._read_span(segment, offsets[a:b], [buf[low + a : low + b] for buf in buffers])
         return where, ids[where]
 
@@ -326,6 +337,24 @@ class Sample:
         buffers, row_ids = self._kept
         out = torch.empty((min(step, len(self)), self._scan.width))
         return (self._scan._block(buffers, span, row_ids[span], out) for span in spans)
+
+
+def chosen_rows(store: CoreStore, rows: Rows | str, space: str) -> Rows:
+    """Return a set of committed rows of a space, by rule or as given.
+
+    Raises
+    ------
+    ArgumentError
+        If the rule is not one of ``"content"`` and ``"all"``.
+    """
+    if isinstance(rows, Rows):
+        return rows
+    if rows not in ("content", "all"):
+        raise ArgumentError(
+            f"rows = {rows!r} is no rule; expected 'content', 'all', or a Rows, such as "
+            "Rows.from_row_ids(rule, store.meta.segment_rows, row_ids)."
+        )
+    return store.rows(rows, space)
 
 
 def _pieces(blocks: Iterable[Ids], rows: int) -> Iterator[list[Ids]]:

@@ -24,6 +24,12 @@ Array = NDArray[Any]
 State = TypeVar("State")
 
 
+def read_values(block: Array, dtype: type[np.floating[Any]]) -> Array:
+    """Return a copy in a wider dtype, -0.0 as 0.0; NaN of any bits passes without a warning."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.asarray(block, dtype) + dtype(0.0))
+
+
 class Fold(Protocol[State]):
     """A mergeable one-pass summary of one site.
 

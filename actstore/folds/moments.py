@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.errors import ArgumentError
-from actstore.folds.base import Array
+from actstore.folds.base import Array, read_values
 
 Float64 = NDArray[np.float64]
 
@@ -81,7 +81,7 @@ class Moments:
         actstore.folds.base.Fold.update : the parameters.
         actstore.folds.cpu.BandFolds : the same in one compiled pass with all other folds.
         """
-        x = np.asarray(block, np.float64) + 0.0
+        x = read_values(block, np.float64)
         valid = ~np.isnan(x)
         n = valid.sum(axis=0)
         divisor = np.maximum(n, 1)

@@ -7,8 +7,9 @@ exact, associative and commutative, and any split into segments or workers gives
 
 -0.0 equals 0.0 and is held as 0.0.  NaN never enters.
 
-Once a list is full, its last value is a threshold: a row beyond it can never enter.  `thresholds`
-hands these to the next segments' passes.  A row *equal* to it still may, by a smaller row_id.
+Once a list is full, its last place is a threshold: what comes after it in the order can never
+enter.  `thresholds` hands these places to the next segments' passes.  A value that *ties* with a
+threshold still enters if its row comes before the threshold's, so thresholds name rows too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.errors import ArgumentError
-from actstore.folds.base import Array
+from actstore.folds.base import Array, read_values
 from actstore.folds.compiled import compiled
 
 Float32 = NDArray[np.float32]
@@ -33,12 +34,16 @@ SIDES = ("top", "bottom")
 
 
 class Thresholds(NamedTuple):
-    """What a value must reach to enter the lists, per column."""
+    """The last places of full lists, which a row must come before; arrays of shape (width,)."""
 
     top_floor: Float32
-    """Last value of a full top list; -inf where the list is not full. Shape (width,)."""
+    """Last value of a full top list; -inf where the list is not full."""
     bottom_ceiling: Float32
-    """Last value of a full bottom list; +inf where the list is not full. Shape (width,)."""
+    """Last value of a full bottom list; +inf where the list is not full."""
+    top_row_ids: Int64
+    """The row of `top_floor`; -1 where the list is not full."""
+    bottom_row_ids: Int64
+    """The row of `bottom_ceiling`; -1 where the list is not full."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class TopK:
         actstore.folds.base.Fold.update : the parameters.
         actstore.folds.cpu.BandFolds : the same in one compiled pass with all other folds.
         """
-        values = np.asarray(block, np.float32).T + np.float32(0.0)
+        values = read_values(block, np.float32).T
         rows = np.broadcast_to(np.asarray(row_ids, np.int64), values.shape)
         return TopKState(
             self._best(state.top, values, rows, -1), self._best(state.bottom, values, rows, 1)
@@ -144,12 +149,14 @@ class TopK:
         return {}
 
     def thresholds(self, state: TopKState) -> Thresholds:
-        """Return what a value must reach to enter the lists; a tie with it still may."""
+        """Return the places that a row must come before to enter the lists."""
         last = self.k - 1
         top, bottom = state.top, state.bottom
         return Thresholds(
             np.where(top.counts > last, top.values[:, last], np.float32(-np.inf)),
             np.where(bottom.counts > last, bottom.values[:, last], np.float32(np.inf)),
+            top.row_ids[:, last].copy(),
+            bottom.row_ids[:, last].copy(),
         )
 
     def to_arrays(self, state: TopKState) -> dict[str, Array]:

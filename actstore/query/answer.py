@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 _SHOWN_ROWS = 40
-_CELL_WIDTH = 48
+_CELL_WIDTHS = (48, 32, 24, 16)  # tried in turn until all columns fit
 _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # controls, formats, private use, separators
 
@@ -90,21 +90,28 @@ class Answer:
             return "\n".join(visible(line) for line in lines)
         width = max(40, shutil.get_terminal_size((120, 24)).columns)
         rows = Answer(self._table.slice(0, _SHOWN_ROWS)).rows()
-        cells = [[_cell(value, name) for value, name in zip(row, self.columns, strict=True)]
-                 for row in rows]  # fmt: skip
-        names = [_fit(visible(name), "") for name in self.columns]
-        shown = _columns_that_fit([names, *cells], width)
+        plain = [[visible(name) for name in self.columns], *([_plain(v) for v in r] for r in rows)]
+        for cell_width in _CELL_WIDTHS:
+            cells = [
+                [_fit(c, cell_width, n) for c, n in zip(row, self.columns, strict=True)]
+                for row in plain
+            ]
+            shown = _columns_that_fit(cells, width)
+            if shown == len(self.columns):
+                break
         table = Table(box=None, pad_edge=False, header_style="", show_edge=False)
         for place in range(shown):
             kind = self._table.schema.field(place).type
             right = pa.types.is_integer(kind) or pa.types.is_floating(kind)
             right = right or self.columns[place] == "before"
-            table.add_column(Text(names[place]), justify="right" if right else "left", no_wrap=True)
-        for row in cells:
+            table.add_column(
+                Text(cells[0][place]), justify="right" if right else "left", no_wrap=True
+            )
+        for row in cells[1:]:
             table.add_row(*(Text(cell) for cell in row[:shown]))
         out = io.StringIO()
         Console(file=out, width=width, color_system=None, legacy_windows=False).print(table)
-        lines = [line.rstrip() for line in out.getvalue().splitlines()] if names else []
+        lines = [line.rstrip() for line in out.getvalue().splitlines()]
         return "\n".join([*lines, *self._footer(shown)])
 
     def _footer(self, shown: int) -> list[str]:
@@ -115,8 +122,8 @@ class Answer:
         if len(self) == 0:
             lines.append("no rows")
         if shown < len(self.columns):
-            hidden = ", ".join(_fit(visible(name), "") for name in self.columns[shown:])
-            lines.append(f"… {len(self.columns) - shown} more columns: {hidden}")
+            hidden = ", ".join(visible(name) for name in self.columns[shown:])
+            lines.append(f"… not shown: {hidden}")
         return lines
 
     def _repr_html_(self) -> str:
@@ -143,23 +150,17 @@ def _plain(value: Any) -> str:
     return visible(str(value))
 
 
-def _cell(value: Any, name: str) -> str:
-    return _fit(_plain(value), name)
-
-
-def _fit(text: str, name: str) -> str:
+def _fit(text: str, width: int, name: str) -> str:
     """Return a text cut to a cell; of the context before a token the end is what matters."""
-    if cell_len(text) <= _CELL_WIDTH:
+    if cell_len(text) <= width:
         return text
-    ordered = text[::-1] if name == "before" else text
-    kept, width = [], 1
-    for character in ordered:
-        width += cell_len(character)
-        if width > _CELL_WIDTH:
+    kept, used = [], 1
+    for character in reversed(text) if name == "before" else text:
+        used += cell_len(character)
+        if used > width:
             break
         kept.append(character)
-    cut = "".join(kept)
-    return "…" + cut[::-1] if name == "before" else cut + "…"
+    return "…" + "".join(reversed(kept)) if name == "before" else "".join(kept) + "…"
 
 
 def _columns_that_fit(rows: list[list[str]], width: int) -> int:

@@ -133,7 +133,7 @@ class Database:
                         f"it has more than {sum(b.num_rows for b in batches):,} rows. Aggregate, "
                         "add a LIMIT, or give a larger budget=."
                     )
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             # Arrow's stream hides the kind of DuckDB's error, and keeps its message.
             message = str(error)
             if "Out of Memory Error" in message:
@@ -155,7 +155,7 @@ class _Snapshot:
 
     @classmethod
     def of(cls, store: CoreStore) -> _Snapshot:
-        index = store.index()
+        index = store.index()  # first: it refreshes a store that it is newer than
         found = tuple(store.results())
         return cls(
             tuple(store.committed),
@@ -181,6 +181,9 @@ class _Source:
     """Further tables that `derived` names; the files are ``t``."""
     hidden: frozenset[str] = frozenset()
     """Columns of the files that the view does not show."""
+    may_hold_nan: bool = False
+    """Whether a number can be NaN, which the view shows as NULL.  Parquet's statistics leave NaN
+    out, and DuckDB believes them unless it is told."""
 
 
 class _Open:
@@ -219,8 +222,8 @@ class _Open:
             f"SET allowed_paths = [{', '.join(map(_literal, allowed))}]; "
             "SET enable_external_access = false"
         )
-        for name, select in definitions.items():
-            self._create_view(name, select)
+        script = [_create_view(name, select) for name, select in definitions.items()]
+        self.connection.execute(f"BEGIN; {' '.join(script)} COMMIT")
         self._create_macros("snippet" in names)
         self.connection.execute("SET lock_configuration = true")
 
@@ -236,26 +239,18 @@ class _Open:
             return f"{empty} OR error('the files of the view {name} were not verified')::BOOLEAN"
         return _union(self._store, VIEWS[name].columns, sources)
 
-    def _create_view(self, name: str, select: str) -> None:
-        self.connection.execute(f"CREATE VIEW {name} AS {select}")
-        self.connection.execute(f"COMMENT ON VIEW {name} IS {_literal(VIEWS[name].comment)}")
-        if name in self.names:
-            for column in VIEWS[name].columns:
-                self.connection.execute(
-                    f'COMMENT ON COLUMN {name}."{column.name}" IS {_literal(column.comment)}'
-                )
-
     def _create_macros(self, with_snippet: bool) -> None:
-        sites = "[" + ", ".join(_literal(str(site)) for site in self._store.sites) + "]"
+        sites = ", ".join(_literal(str(site)) for site in self._store.sites)
         known = summarize(self._store.sites)
         unknown = _literal(f" is not in {self._store.path}; it has {known}.")
         self.connection.execute(
             f"""CREATE MACRO top_tokens(site, neuron, k := 20) AS TABLE
             SELECT e.rank, e.row_id, e.value, e.document, e.position, e.token_id, v.text AS token
-            FROM exemplars e LEFT JOIN vocabulary v USING (token_id)
+            FROM exemplars e LEFT JOIN vocabulary v ON e.token_id = v.token_id
             WHERE e.site = site AND e.neuron = neuron AND e.side = 'top' AND e.rank <= k
-            AND (list_contains({sites}, site) OR error('site ' || site || {unknown})::BOOLEAN)
-            ORDER BY e.rank"""
+            UNION ALL SELECT CAST(error('site ' || site || {unknown}) AS INTEGER),
+            NULL, NULL, NULL, NULL, NULL, NULL WHERE site NOT IN ({sites})
+            ORDER BY rank"""
         )
         if with_snippet:
             self.connection.create_function(  # type: ignore[call-overload]  # stubs lack Arrow
@@ -269,6 +264,14 @@ class _Open:
                 "CREATE MACRO snippet(row_id, before := 8, after := 8, space := '') AS "
                 "_snippet(row_id, before, after, space)"
             )
+
+
+def _create_view(name: str, select: str) -> str:
+    """Return the statements that create a view and say what it is."""
+    comments = [f"COMMENT ON VIEW {name} IS {_literal(VIEWS[name].comment)};"]
+    for column in VIEWS[name].columns:
+        comments.append(f'COMMENT ON COLUMN {name}."{column.name}" IS {_literal(column.comment)};')
+    return f"CREATE VIEW {name} AS {select}; {' '.join(comments)}"
 
 
 class _SnippetFunction:
@@ -318,27 +321,31 @@ def _sources(store: CoreStore, snapshot: _Snapshot, name: str) -> list[_Source]:
         return [source for source in found if source is not None]
     if name == "neurons" and snapshot.index:
         files = snapshot.index.named("neurons")
-        return [_Source(files)] if files else []
+        return [_Source(files, may_hold_nan=True)] if files else []
     if name == "exemplars" and snapshot.index:
         files = snapshot.index.named("exemplars/")
-        return [_Source(files, _SITE_OF_FILE)] if files else []
+        return [_Source(files, _site_of_file(store))] if files else []
     return []
 
 
-def _file_part(group: int) -> str:
-    pattern = "/exemplars(?:/space=([a-z]+))?/hook=([a-z_]+)/layer=([0-9]+)/[^/]+$"
-    return f"regexp_extract(t.filename, '{pattern}', {group})"
+def _site_of_file(store: CoreStore) -> dict[str, str]:
+    """Return the columns that name the site of an exemplar, taken from the name of its file.
 
-
-# The site of an exemplar is in the name of its file, which DuckDB prunes by.  Its own `hive`
-# reading would take any parent folder that is called layer=3 for a column as well.
-_SITE_OF_FILE = {
-    "space": _file_part(1),
-    "hook": _file_part(2),
-    "layer": f"CAST({_file_part(3)} AS INTEGER)",
-    "site": f"CASE WHEN {_file_part(1)} = '' THEN '' ELSE {_file_part(1)} || '.' END || "
-    f"{_file_part(2)} || '.' || {_file_part(3)}",
-}
+    DuckDB skips files by such expressions.  Its own reading of folders called ``layer=3`` would
+    take those above the store for columns too.
+    """
+    hook = "string_split(t.filename, '/')[-3][6:]"
+    layer = "string_split(t.filename, '/')[-2][7:]"
+    space, family = "''", hook
+    if store.meta.spaces != ("",):
+        space = "string_split(t.filename, '/')[-4][7:]"
+        family = f"{space} || '.' || {hook}"
+    return {
+        "site": f"{family} || '.' || {layer}",
+        "space": space,
+        "hook": hook,
+        "layer": f"CAST({layer} AS INTEGER)",
+    }
 
 
 def _token_source(store: CoreStore, snapshot: _Snapshot, space: str) -> _Source | None:
@@ -365,8 +372,8 @@ def _token_source(store: CoreStore, snapshot: _Snapshot, space: str) -> _Source 
     }
     # Grouped, the join is known to add no rows, so DuckDB leaves it out where text is not used.
     joins = (
-        "LEFT JOIN (SELECT w.token_id, any_value(w.text) AS text FROM vocabulary w GROUP BY w.token_id) v "
-        "ON t.token_id = v.token_id"
+        "LEFT JOIN (SELECT w.token_id, any_value(w.text) AS text FROM vocabulary w "
+        "GROUP BY w.token_id) v ON t.token_id = v.token_id"
     )
     files = {p.file("tokens", space): p.files[p.file("tokens", space)] for p in parts}
     return _Source(files, derived, where, joins, frozenset({"flags"}))
@@ -378,7 +385,7 @@ def _result_sources(results: tuple[Result, ...], table: str) -> list[_Source]:
         if facts := result.files.get(f"{table}.parquet"):
             name = f"results/{result.kind}/{result.name}/{table}.parquet"
             named = {"kind": _literal(result.kind), "result": _literal(result.name)}
-            sources.append(_Source({name: facts}, named))
+            sources.append(_Source({name: facts}, named, may_hold_nan=True))
     return sources
 
 
@@ -400,17 +407,19 @@ def _union(store: CoreStore, columns: tuple[Column, ...], sources: list[_Source]
                 value = source.derived[name]
             elif name in names:
                 value = f"t.{quoted}"
-                if pa.types.is_floating(names[name]):
+                if source.may_hold_nan and pa.types.is_floating(names[name]):
                     value = f"nullif({value}, 'NaN')"  # DuckDB sorts NaN above all numbers
             else:
                 value = f"CAST(NULL AS {types[name]})" if name in types else "NULL"
             chosen.append(f"{value} AS {quoted}")
         files = ", ".join(_literal(_absolute(store, file)) for file in source.files)
-        filename = ", filename = true" if "t.filename" in "".join(source.derived.values()) else ""
+        options = "hive_partitioning = false"
+        options += ", can_have_nan = true" if source.may_hold_nan else ""
+        options += ", filename = true" if "t.filename" in "".join(source.derived.values()) else ""
         where = f" WHERE {source.where}" if source.where else ""
         selects.append(
-            f"SELECT {', '.join(chosen)} FROM read_parquet([{files}], hive_partitioning = false"
-            f"{filename}) t {source.joins}{where}"
+            f"SELECT {', '.join(chosen)} FROM read_parquet([{files}], {options}) t "
+            f"{source.joins}{where}"
         )
     return " UNION ALL ".join(selects)
 

@@ -129,7 +129,7 @@ def _names(tree: Any, query: str) -> frozenset[str]:
             name = str(node["function"].get("function_name", "")).lower()
             if name not in _TABLE_FUNCTIONS and name not in MACROS:
                 raise QueryError(
-                    f"the table function {name or 'without a name'} is not open to queries of a "
+                    f"the table function {name!r} is not open to queries of a "
                     f"store; there are {', '.join(sorted({*_TABLE_FUNCTIONS, 'top_tokens'}))}. "
                     f"Read the store through its views: {', '.join(VIEWS)}."
                 )

@@ -149,8 +149,6 @@ def _best_in_index(
     A list shorter than k may be all there is, or as long as the index makes them; a scan can tell.
     """
     generation = store.index()
-    if generation is not None and not set(generation.covers) <= set(store.committed):
-        store.refresh()  # the index is newer than what this process has seen of the store
     name = _exemplar_file(generation, info) if generation is not None else None
     if generation is None or name is None:
         return None

@@ -1,6 +1,6 @@
 """The core store: the folder of facts every other package meets in."""
 
-from actstore.store.core import CoreStore
+from actstore.store.core import CoreStore, is_vacant
 from actstore.store.generations import Generation
 from actstore.store.meta import (
     FIRST,
@@ -35,4 +35,5 @@ __all__ = [
     "SiteInfo",
     "SiteRows",
     "StoreMeta",
+    "is_vacant",
 ]

@@ -46,6 +46,16 @@ from actstore.store.tables import TOKENS, VOCABULARY, DocumentTables, TokenTable
 _OPEN_SHARDS = 256
 
 
+def is_vacant(folder: Path) -> bool:
+    """Return whether a store can be made in a folder: it is empty, or not there at all.
+
+    What a process left that was killed while it made a store there does not count.
+    """
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(re.fullmatch(r"zarr\.json\.\d+\.partial", e.name) for e in folder.iterdir())
+
+
 @dataclass(frozen=True)
 class _OpenShard:
     """A reader and the file it reads; the file closes with the last reference to it."""
@@ -109,7 +119,7 @@ class CoreStore:
             If the folder exists, is not empty, and holds no store.
         """
         folder = Path(path)
-        if folder.is_dir() and not (folder / "zarr.json").exists() and any(folder.iterdir()):
+        if not is_vacant(folder) and not (folder / "zarr.json").exists():
             raise StoreNotFound(
                 f"{folder} is not empty and holds no store. Name a new or empty folder."
             )
@@ -117,7 +127,7 @@ class CoreStore:
         document = {
             "zarr_format": 3,
             "node_type": "group",
-            "attributes": {"actstore": meta.to_json()},
+            "attributes": {"actstore": durable.sealed(meta.to_json())},
         }
         with suppress(FileExistsError):
             durable.create(folder / "zarr.json", durable.to_json(document))
@@ -141,7 +151,7 @@ class CoreStore:
         parts = []
         for number, path in enumerate(names):
             try:
-                part = Part.from_json(durable.read_json(path))
+                part = Part.from_json(durable.read_sealed(path))
             except (KeyError, TypeError, ValueError) as error:
                 raise DamagedFile(f"{path} breaks the format: {error!r}.") from error
             if part.part != number:
@@ -166,34 +176,42 @@ class CoreStore:
     def publish_part(self, part: Part) -> None:
         """Publish a plan part whose Parquet files are written, and grow the arrays to hold it."""
         durable.make_folder(self.path / "plan")
-        durable.create(self.path / f"plan/{part.part:05d}.json", durable.to_json(part.to_json()))
+        durable.create(
+            self.path / f"plan/{part.part:05d}.json",
+            durable.to_json(durable.sealed(part.to_json())),
+        )
         self.refresh()
+        self.grow_arrays()
+
+    def grow_arrays(self) -> None:
+        """Give every array the shape the plan asks for; it has it already, unless a crash came."""
         n_segments = max(self._segments, default=-1) + 1
         for info in self.meta.sites:
             layout = ShardLayout.for_width(
                 info.width, self.meta.segment_rows, info.dtype, self.meta.chunk_rows
             )
             attributes = {"site": str(info.site), "module": info.module, "side": info.side}
-            folder = self.path / info.path
-            durable.make_folder(folder)
-            durable.replace(
-                folder / "zarr.json",
-                durable.to_json(layout.zarr_metadata(n_segments, attributes)),
-            )
+            path = self.path / info.path / "zarr.json"
+            data = durable.to_json(layout.zarr_metadata(n_segments, attributes))
+            if not path.exists() or path.read_bytes() != data:
+                durable.make_folder(path.parent)
+                durable.replace(path, data)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the token types have been written."""
+        return (self.path / "vocabulary.json").exists()
 
     def write_vocabulary(self, table: pa.Table) -> None:
-        """Write the token types of the tokenizer, once."""
+        """Write the token types of the tokenizer."""
         path = self.path / "vocabulary.parquet"
-        if not path.exists():
-            facts = durable.write_table(path, table.cast(VOCABULARY))
-            durable.replace(
-                self.path / "vocabulary.json",
-                durable.to_json({"files": {path.name: facts.to_json()}}),
-            )
+        facts = durable.write_table(path, table.cast(VOCABULARY))
+        document = durable.sealed({"files": {path.name: facts.to_json()}})
+        durable.replace(self.path / "vocabulary.json", durable.to_json(document))
 
     def vocabulary_files(self) -> dict[str, FileFacts]:
         """Return the facts of the vocabulary file."""
-        document = durable.read_json(self.path / "vocabulary.json")
+        document = durable.read_sealed(self.path / "vocabulary.json")
         return {n: FileFacts.from_json(entry) for n, entry in document["files"].items()}
 
     @cached_property
@@ -223,7 +241,7 @@ class CoreStore:
         if segment not in self._commits:
             path = self.path / f"commits/{segment:08d}.json"
             try:
-                commit = Commit.from_json(durable.read_json(path))
+                commit = Commit.from_json(durable.read_sealed(path))
             except (KeyError, TypeError, ValueError) as error:
                 raise DamagedFile(f"{path} breaks the format: {error!r}.") from error
             if commit.segment != segment or dict(commit.rows) != dict(self.planned[segment].rows):
@@ -412,8 +430,23 @@ class CoreStore:
     # -- the compacted index -------------------------------------------------------------------
 
     def index(self) -> Generation | None:
-        """Return the newest whole generation of the compacted index, or None."""
-        return latest(self.path)
+        """Return the newest whole generation of the compacted index, or None.
+
+        Raises
+        ------
+        DamagedFile
+            If it covers a segment whose commit is missing.
+        """
+        generation = latest(self.path)
+        if generation is not None and not set(generation.covers) <= set(self.committed):
+            self.refresh()  # another process may have gone on since
+            if missing := sorted(set(generation.covers) - set(self.committed)):
+                raise DamagedFile(
+                    f"{generation.folder} of {self.path} covers segment {missing[0]}, whose commit "
+                    f"commits/{missing[0]:08d}.json is missing. Restore it from a copy, or run the "
+                    "same capture again."
+                )
+        return generation
 
     def prefix_index(self) -> Generation | None:
         """Return the newest generation that covers segments 0 … n without a gap, or None."""
@@ -490,8 +523,13 @@ class CoreStore:
         return shard.reader.read_rows(0, rows)
 
     def n_bytes(self) -> int:
-        """Return the bytes the committed segments take, as their commits say."""
-        return sum(f.n_bytes for s in self.committed for f in self.commit_of(s).files.values())
+        """Return the bytes of the committed activations, as their commits say."""
+        return sum(
+            facts.n_bytes
+            for segment in self.committed
+            for name, facts in self.commit_of(segment).files.items()
+            if name.startswith("activations/")
+        )
 
     def free_bytes(self) -> int:
         """Return the bytes free on the store's disk."""

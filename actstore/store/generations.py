@@ -49,7 +49,7 @@ def _read(root: Path, number: int) -> Generation | None:
     manifest = root / f"index/{number:06d}/manifest.json"
     if not manifest.is_file():
         return None  # a crash came before its manifest: it is not there
-    document = durable.read_json(manifest)
+    document = durable.read_sealed(manifest)
     try:
         files = {n: FileFacts.from_json(entry) for n, entry in document["files"].items()}
         return Generation(number, tuple(int(s) for s in document["covers"]), files)
@@ -86,7 +86,9 @@ def publish(root: Path, generation: Generation) -> None:
         "covers": list(generation.covers),
         "files": {name: facts.to_json() for name, facts in generation.files.items()},
     }
-    durable.create(root / generation.folder / "manifest.json", durable.to_json(document))
+    durable.create(
+        root / generation.folder / "manifest.json", durable.to_json(durable.sealed(document))
+    )
 
 
 def sweep(root: Path) -> None:

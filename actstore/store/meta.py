@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actstore.durable import FileFacts
+from actstore.durable import FileFacts, unsealed
 from actstore.errors import FormatError
 from actstore.site import Site
 
@@ -122,6 +122,8 @@ class StoreMeta:
         ------
         FormatError
             If the version is not ours or the document does not follow it.
+        DamagedFile
+            If the document has changed since it was written.
         """
         version = document.get("format") if isinstance(document, Mapping) else None
         if version != FORMAT:
@@ -129,6 +131,7 @@ class StoreMeta:
                 f"{where} has format version {version!r}; this actstore reads version {FORMAT}. "
                 "Install the actstore that wrote it, or capture again."
             )
+        document = unsealed(document, f"the metadata of {where}")
         try:
             fields = {key: document[key] for key in cls.__dataclass_fields__}
             fields["sites"] = tuple(SiteInfo.from_json(entry) for entry in document["sites"])

@@ -113,7 +113,7 @@ class ResultWriter:
             **summary,
             "files": {name: facts.to_json() for name, facts in self._files.items()},
         }
-        durable.replace(self._folder / "result.json", durable.to_json(document))
+        durable.replace(self._folder / "result.json", durable.to_json(durable.sealed(document)))
         try:
             self._folder.rename(self._final)
         except OSError as error:
@@ -166,8 +166,8 @@ class Result:
     @cached_property
     def document(self) -> dict[str, Any]:
         """The contents of ``result.json``: provenance and summary."""
-        document = durable.read_json(self.path / "result.json")
-        if not isinstance(document, dict) or "files" not in document:
+        document = durable.read_sealed(self.path / "result.json")
+        if "files" not in document:
             raise DamagedFile(f"{self.path}/result.json breaks the format: it names no files.")
         return document
 
@@ -191,6 +191,8 @@ class Result:
         """Return the first `rows` rows of one of its single-shard arrays."""
         layout = self.layout(name)
         path = self.path / name / "c/0/0"
+        if not path.exists():
+            raise DamagedFile(f"{path} is missing, though {self.path}/result.json names it.")
         with path.open("rb", buffering=0) as file:
             facts = self.files[f"{name}/c/0/0"]
             reader = ShardReader(

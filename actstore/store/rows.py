@@ -135,28 +135,31 @@ class SiteRows:
                 f"step = {span.step} was given; slices of row ids take no step. "
                 "Index with a list of row ids instead."
             )
+        low = 0 if span.start is None else int(span.start)
+        high = np.iinfo(np.int64).max if span.stop is None else int(span.stop)
+        if low < 0 or high < 0:
+            raise RowNotFound(
+                f"{min(low, high)} was given; row ids count from 0 and negative ones name "
+                "nothing, since ids are not dense. Use `row_ids()[-n:]` for the last rows."
+            )
         size = self._store.meta.segment_rows
         pieces = []
         for segment, rows in self._store.committed_rows(self.info.site.space).items():
-            ids = np.arange(segment * size, segment * size + rows, dtype=np.int64)
-            low = 0 if span.start is None else span.start
-            high = np.iinfo(np.int64).max if span.stop is None else span.stop
-            if low < 0 or high < 0:
-                raise RowNotFound(
-                    f"{min(low, high)} was given; row ids count from 0 and negative ones name "
-                    "nothing, since ids are not dense. Use `row_ids()[-n:]` for the last rows."
-                )
-            pieces.append(ids[max(0, low - int(ids[0])) : max(0, high - int(ids[0]))])
+            first = segment * size
+            start, stop = max(low, first), min(high, first + rows)
+            if start < stop:
+                pieces.append(np.arange(start, stop, dtype=np.int64))
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Ids) -> npt.NDArray[Any]:
         if isinstance(rows, slice):
             return self._gather(self.row_ids(rows))
         ids = np.asarray(rows)
-        if ids.dtype == np.bool_ or not (ids.dtype.kind in "iu" or ids.size == 0):
+        if ids.ndim > 1 or not (ids.dtype.kind in "iu" or ids.size == 0):
             raise RowNotFound(
-                f"row ids of dtype {ids.dtype} were given; expected integers, as they stand in the "
-                "column row_id of `tokens`, `top` and every other table."
+                f"row ids of dtype {ids.dtype} and {ids.ndim} dimensions were given; expected "
+                "integers in one, as they stand in the column row_id of `tokens`, `top` and every "
+                "other table."
             )
         found: npt.NDArray[Any] = self._gather(np.atleast_1d(ids).astype(np.int64))
         return found[0] if ids.ndim == 0 else found

@@ -41,10 +41,8 @@ class SegmentWriter:
         self.segment = segment
         self._files: dict[str, FileFacts] = {}
         self._shards: dict[str, tuple[Path, Any, ShardWriter]] = {}
-        self._lock = durable.lock(
-            store.path / "work" / f"segment-{segment.segment:08d}.lock",
-            f"segment {segment.segment} of {store.path}",
-        )
+        self._lock_file = store.path / "work" / f"segment-{segment.segment:08d}.lock"
+        self._lock = durable.lock(self._lock_file, f"segment {segment.segment} of {store.path}")
 
     def __enter__(self) -> SegmentWriter:
         self._lock.__enter__()
@@ -58,6 +56,9 @@ class SegmentWriter:
     ) -> None:
         for _, file, _ in self._shards.values():
             file.close()
+        if self.committed:
+            # Whoever still waits for this lock looks for the commit first and finds it.
+            self._lock_file.unlink(missing_ok=True)
         self._lock.__exit__(kind, error, trace)
 
     @property
@@ -112,8 +113,9 @@ class SegmentWriter:
             },
         )
         durable.make_folder(self._store.path / "commits")
+        document = durable.sealed(commit.to_json())
         try:
-            durable.create(self._store.path / self._commit_name, durable.to_json(commit.to_json()))
+            durable.create(self._store.path / self._commit_name, durable.to_json(document))
         except FileExistsError:
             raise StoreMismatch(
                 f"segment {self.segment.segment} of {self._store.path} is committed already; "
@@ -149,6 +151,7 @@ class PartialReader(Mapping[str, npt.NDArray[Any]]):
 
 def drop_partials(store: CoreStore, segments: Iterable[int]) -> None:
     """Delete the partials of segments that a durable prefix generation covers."""
-    for segment in segments:
-        for path in (store.path / "partials").glob(f"*/{segment:08d}.npz"):
+    covered = set(segments)
+    for path in (store.path / "partials").glob("*/*.npz"):
+        if int(path.stem) in covered:
             path.unlink(missing_ok=True)

@@ -1,8 +1,18 @@
 """Views of results in notebooks and as single HTML files, and notebooks that show them."""
 
 from actstore.view.factors import factor_view
-from actstore.view.notebook import factors_notebook, to_notebook
+from actstore.view.notebook import factors_notebook, similarity_notebook, to_notebook
 from actstore.view.page import View
+from actstore.view.results import Factors, Similarity
 from actstore.view.similarity import similarity_view
 
-__all__ = ["View", "factor_view", "factors_notebook", "similarity_view", "to_notebook"]
+__all__ = [
+    "Factors",
+    "Similarity",
+    "View",
+    "factor_view",
+    "factors_notebook",
+    "similarity_notebook",
+    "similarity_view",
+    "to_notebook",
+]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actstore.decompose import Factors
+from actstore.errors import ArgumentError, RowNotFound
 from actstore.query import snippets
 from actstore.store import CoreStore
 from actstore.view.documents import ShownDocument, choose, committed_windows, read
@@ -68,12 +69,13 @@ def factor_view(
     --------
     similarity_view : The view of similarities between sites.
     """
+    if max_tokens < 1:
+        raise ArgumentError(f"max_tokens = {max_tokens} was given; expected at least 1.")
     space = factors.sites[0].site.space
     windows = committed_windows(store, space)
     chosen = choose(store, windows, documents, max_documents)
     shown = [read(store, document, windows, space, max_tokens) for document in chosen]
-    row_ids = np.concatenate([document.row_ids for document in shown])
-    scores = factors.scores(row_ids)
+    scores = _scores(store, factors, np.concatenate([document.row_ids for document in shown]))
     largest, scale = _scales(scores)
     entries = _factors(store, factors, space)
     for entry, top, end in zip(entries, largest, scale, strict=True):
@@ -117,14 +119,29 @@ def _short(value: float, digits: int = 4) -> float:
 
 def _facts(factors: Factors) -> list[list[str]]:
     summary = factors.summary
-    facts = [["result", factors.name]]
-    if "n_rows" in summary:
-        facts.append(["rows", f"{summary['n_rows']:,} ({summary.get('rows', 'content')})"])
     neurons = sum(info.width for info in factors.sites)
-    facts.append(["neurons", f"{neurons:,} at {len(factors.sites)} sites"])
-    if "error" in summary:
-        facts.append(["relative error", f"{summary['error']:.3f}"])
-    return facts
+    return [
+        ["result", factors.name],
+        ["rows", f"{summary['n_rows']:,} ({summary['rows']})"],
+        ["neurons", f"{neurons:,} at {len(factors.sites)} sites"],
+        ["relative error", f"{summary['error']:.3f}"],
+        ["that of one factor", f"{summary['certificates']['one_factor_error']:.3f}"],
+    ]
+
+
+def _scores(
+    store: CoreStore, factors: Factors, row_ids: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Return the scores of rows; NaN too where a segment was captured after the factors."""
+    scores = np.full((len(row_ids), factors.n_components), np.nan, dtype=np.float32)
+    segments = row_ids // store.meta.segment_rows
+    for segment in np.unique(segments).tolist():
+        mine = segments == segment
+        try:
+            scores[mine] = factors.scores(row_ids[mine])
+        except RowNotFound:
+            continue
+    return scores
 
 
 def _scales(scores: npt.NDArray[np.float32]) -> tuple[list[float], list[float]]:

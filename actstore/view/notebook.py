@@ -82,6 +82,7 @@ def to_notebook(
             km=AsyncKernelManager(
                 kernel_spec_manager=_ThisInterpreter(),
                 connection_file=os.path.join(runtime, "kernel.json"),
+                transport="ipc",  # sockets in that folder: no other user can reach the kernel
             ),
             timeout=timeout,
             record_timing=False,
@@ -89,9 +90,15 @@ def to_notebook(
         )
         try:
             client.execute()
-        except (CellExecutionError, DeadKernelError, TimeoutError) as error:
+        except CellExecutionError as error:
             raise ActstoreError(
-                f"a cell of {target} failed, so the notebook was not written: {error}"
+                f"{target} was not written, since a cell of it failed with {error.ename}: "
+                f"{error.evalue}. Run its code in Python to see where."
+            ) from error
+        except (DeadKernelError, TimeoutError) as error:
+            raise ActstoreError(
+                f"{target} was not written, since its kernel died or a cell took longer than "
+                f"timeout = {timeout} seconds: {error}"
             ) from error
     target.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     return target
@@ -107,7 +114,7 @@ def factors_notebook(store_path: str | Path, factors_name: str | None, path: str
     factors_name : str or None
         Name of the decomposition; None takes the newest.
     path : str or Path
-        File to write, ``*.ipynb``. It names the store relative to its own folder where that is
+        File to write, ``*.ipynb``.  It names the store relative to its own folder where that is
         near, so that the two can move together.
 
     Raises
@@ -119,23 +126,18 @@ def factors_notebook(store_path: str | Path, factors_name: str | None, path: str
     --------
     to_notebook : Writes any cells.
     """
-    store = Path(store_path).resolve()
-    place = os.path.relpath(store, Path(path).resolve().parent)
-    if place.count("..") > 1:
-        place = str(store)
-    named = "" if factors_name is None else repr(factors_name)
+    name = "" if factors_name is None else repr(factors_name)
     cells = [
-        ("markdown", "The store: one model, one corpus, every activation."),
-        ("code", f"import actstore\n\nstore = actstore.open({place!r})\nstore.info()"),
-        ("markdown", "Its factors: share of the energy, and how many neurons each is made of."),
-        ("code", f"factors = store.factors({named})\nfactors.table('factors').to_pandas()"),
+        *_opening(store_path, path),
+        ("markdown", "Its factors: their share of the energy, and of how many neurons each is."),
+        ("code", f"factors = store.factors({name})\nfactors.table('factors').to_pandas()"),
         (
             "markdown",
-            "Hover or choose a factor; the text is shaded by its score, on one scale for all "
-            "documents.",
+            "Point at a factor, or choose it: the text is shaded by its score, on one scale for "
+            "all documents.",
         ),
         ("code", "factors.view()"),
-        ("markdown", "The rows that drive each factor most, from SQL."),
+        ("markdown", "The rows that drive each factor most, in SQL."),
         (
             "code",
             'store.sql("""\n'
@@ -146,4 +148,32 @@ def factors_notebook(store_path: str | Path, factors_name: str | None, path: str
             '""", result=factors.name).df()',
         ),
     ]
-    return to_notebook(path, cells, f"Factors of {store.name}")
+    return to_notebook(path, cells, f"Factors of {Path(store_path).resolve().name}")
+
+
+def similarity_notebook(
+    store_path: str | Path, similarity_name: str | None, path: str | Path
+) -> Path:
+    """Write a notebook that opens a store again and shows how alike its sites are.
+
+    Parameters and errors are those of `factors_notebook`.
+    """
+    name = "" if similarity_name is None else repr(similarity_name)
+    cells = [
+        *_opening(store_path, path),
+        ("markdown", "How alike its sites are; point at a cell for its interval."),
+        ("code", f"similarity = store.similarity_result({name})\nsimilarity.view()"),
+        ("code", "similarity.df()"),
+    ]
+    return to_notebook(path, cells, f"Similarity of the sites of {Path(store_path).resolve().name}")
+
+
+def _opening(store_path: str | Path, path: str | Path) -> list[tuple[str, str]]:
+    store = Path(store_path).resolve()
+    place = os.path.relpath(store, Path(path).resolve().parent)
+    if place.count("..") > 1:
+        place = str(store)
+    return [
+        ("markdown", "The store: one model, one corpus, every activation."),
+        ("code", f"import actstore\n\nstore = actstore.open({place!r})\nstore.info()"),
+    ]

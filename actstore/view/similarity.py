@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from actstore.decompose import Similarity
-from actstore.site import Site
 from actstore.store import CoreStore
 from actstore.view.page import PlainTable, View
 
@@ -32,11 +32,11 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
     factor_view : The view of a decomposition.
     """
     pairs = {(row["site_a"], row["site_b"]): row for row in similarity.to_arrow().to_pylist()}
-    sites = sorted({Site.parse(name) for pair in pairs for name in pair})
+    sites = sorted(info.site for info in similarity.sites)
     names = [str(site) for site in sites]
-    cells = [[_cell(pairs, a, b) for b in names] for a in names]
+    cells = [[_cell(pairs[a, b]) for b in names] for a in names]
     summary = similarity.summary
-    measure = str(summary.get("measure", "similarity")).upper()
+    measure = str(summary["measure"]).upper()
     title = f"{measure} between {len(sites)} sites of {store.meta.model.get('name', store.path)}"
     return View(
         title,
@@ -60,34 +60,28 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
     )
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(float(value), 5)
+def _finite(value: float) -> float | None:
+    return round(value, 5) if math.isfinite(value) else None
 
 
-def _cell(pairs: dict[tuple[str, str], dict[str, Any]], a: str, b: str) -> dict[str, Any]:
-    pair, swapped = pairs.get((a, b)), False
-    if pair is None:
-        pair, swapped = pairs.get((b, a), {}), True
-    shares = [pair.get("max_channel_share_a"), pair.get("max_channel_share_b")]
-    if swapped:
-        shares.reverse()
+def _cell(pair: Mapping[str, Any]) -> dict[str, Any]:
+    shares = {pair[f"site_{side}"]: pair[f"max_channel_share_{side}"] for side in "ab"}
     notes = [
         f"{share:.0%} of the variance of {name} is one channel's"
-        for name, share in dict(zip((a, b), shares, strict=True)).items()
-        if share is not None and share >= _LARGE_CHANNEL
+        for name, share in shares.items()
+        if share >= _LARGE_CHANNEL  # NaN is not
     ]
     return {
-        "value": _finite(pair.get("value")),
-        "low": _finite(pair.get("low")),
-        "high": _finite(pair.get("high")),
+        "value": _finite(pair["value"]),
+        "low": _finite(pair["low"]),
+        "high": _finite(pair["high"]),
         "note": "; ".join(notes),
     }
 
 
-def _facts(summary: dict[str, Any]) -> list[list[str]]:
-    facts = []
-    if "n_rows" in summary:
-        facts.append(["rows", f"{summary['n_rows']:,} ({summary.get('rows', 'content')})"])
-    if "n_batches" in summary:
-        facts.append(["batches", f"{summary['n_batches']:,}"])
-    return [*facts, ["result", str(summary.get("name", ""))]] if summary.get("name") else facts
+def _facts(summary: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        ["result", str(summary["name"])],
+        ["rows", f"{summary['n_rows_read']:,} of {summary['n_rows']:,} ({summary['rows']})"],
+        ["widest 95 % interval", f"± {summary['half_width']:.4f}"],
+    ]

@@ -81,7 +81,12 @@ def text_store(
     meta = StoreMeta(
         store_id="texts",
         created="2026-01-01T00:00:00+00:00",
-        model={"name": model},
+        model={
+            "name": model,
+            "architecture": "MadeUp",
+            "n_parameters": 0,
+            "dtype": "float32",
+        },
         tokenizer="words",
         segment_rows=size,
         chunk_rows=256,

@@ -29,15 +29,14 @@ function draw(view, data) {
 
   // -- the overview -------------------------------------------------------------------------------
 
-  const largestShare = Math.max(...factors.flatMap((factor) => factor.sites), 1e-9);
-
   function siteStrip(factor) {
     const gaps = sites.filter((site, i) => i > 0 && site.family !== sites[i - 1].family).length;
     const step = 100 / (sites.length + gaps);
+    const largest = Math.max(...factor.sites, 1e-9);
     let x = -step;
     const bars = sites.map((site, i) => {
       x += i > 0 && site.family !== sites[i - 1].family ? 2 * step : step;
-      const height = 24 * factor.sites[i] / largestShare;
+      const height = 24 * factor.sites[i] / largest;
       return svg("rect", { x, y: 24 - height, width: step * 0.78, height },
         svg("title", {}, `${site.name}: ${percent(factor.sites[i])}`));
     });
@@ -168,7 +167,7 @@ function draw(view, data) {
     const token = span.tokens[0];
     const lines = [
       ["row_id", span.tokens.map((i) => current.row_ids[i]).join(", ") + `, token ${number(token)} of the document`],
-      [`factor ${factors[shown].factor}`, value === null ? "no score: special or first in its window" : number(value)],
+      [`factor ${factors[shown].factor}`, value === null ? "no score (it is not among the rows of the factors)" : number(value)],
     ];
     if (ranked.length) lines.push(["strongest here", ranked.map(([v, i]) => `factor ${factors[i].factor} (${number(v)})`).join(", ")]);
     return lines;

@@ -46,10 +46,11 @@ function draw(view, data) {
     j += group.size;
     return head;
   });
+  const columnHeads = sites.map((site, k) => el("th", { scope: "col", class: starts(k), "aria-label": site.name }));
   const table = el("table", { role: "grid", "aria-label": `${data.title}; arrow keys go from cell to cell` },
     el("thead", {}, el("tr", {}, el("td", { class: "corner", colspan: "2" }), ...groupHeads),
       el("tr", {}, el("td", { class: "corner", colspan: "2" }),
-        ...sites.map((site, k) => el("th", { scope: "col", class: starts(k) }, String(site.layer))))),
+        ...columnHeads)),
     ...bodies);
   const heat = el("div", { class: "heat" }, table);
 
@@ -84,15 +85,18 @@ function draw(view, data) {
     nodes[to[0]][to[1]].focus();
   });
 
-  // Cells as large as the width allows; values stand in them where they can be read.
+  // Cells as large as the width and one screen allow; values stand in them where they can be read.
   function fit() {
-    const size = Math.max(9, Math.min(48, Math.floor((view.clientWidth - 76) / n) - 1));
+    const size = Math.max(9, Math.min(64, Math.floor(640 / n), Math.floor((view.clientWidth - 76) / n) - 1));
     table.style.setProperty("--cell", `${size}px`);
     nodes.forEach((row, i) => row.forEach((node, k) => {
       const { value } = cells[i][k];
       const digits = value === null || size < 20 ? "" : value.toFixed(2);
       node.textContent = size < 32 ? digits.replace("0.", ".").replace(".00", "").replace("1.00", "1") : digits;
     }));
+    columnHeads.forEach((head, k) => {
+      head.textContent = size >= 14 || sites[k].layer % 5 === 0 ? String(sites[k].layer) : "";
+    });
     table.style.fontSize = size < 26 ? "9px" : "11px";
   }
 

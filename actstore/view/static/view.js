@@ -54,6 +54,7 @@ class Tip {
     this.box = el("div", { class: "tip", "aria-hidden": "true", hidden: "" });
     this.voice = el("div", { class: "sr", "aria-live": "polite" });
     view.append(this.box, this.voice);
+    view.addEventListener("keydown", (event) => event.key === "Escape" && this.hide());
   }
   show(anchor, ...children) {
     this.box.replaceChildren(...children);

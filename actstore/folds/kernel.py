@@ -1,0 +1,388 @@
+"""The compiled pass of all folds over a band; `actstore.folds.cpu` drives it.
+
+A *band* is what a shard is written from: some thousands of rows of one site, cut into chunks of at
+most 256 columns.  It passes through the caches once, in groups of eight rows of one chunk:
+
+1. *Convert* the stored bits to float32, -0.0 to 0.0.
+2. *Screen*: does any of the eight values of a column lie beyond the column's limits, the values
+   below or above which nothing can enter the top-k?  Almost never, once many rows were seen.  Bits
+   that are no number always fail.
+3. Where they do, one value at a time: an infinity is replaced *in the band* by the largest finite
+   value, NaN is counted, a candidate for the top-k is kept.
+4. *Add up*: the four powers of the distance to a number near the column's mean, in float64.
+
+Steps 1, 2 and 4 are short loops over columns that compile to vector instructions; only step 3
+branches.  Columns are independent, so threads share out columns and the result has the same bits
+for any number of them.
+
+**Candidates.**  A candidate is one integer, ``rank of its value << 32 | 2**32 - 1 - offset``, so
+that a larger key is a better place: higher value (for the bottom list lower), then lower row.  A
+column holds up to 2k of them; when they are full, the best k stay and the k-th becomes the limit.
+Rows come in ascending order, so a later row that ties with the limit loses, and is not looked at:
+without that, every zero of a ReLU would be a candidate for the bottom list, and every minimum of a
+GELU.  A tie with the threshold of *committed segments* loses if the threshold's row comes before
+the band; where segments are done out of order it may win, and is a candidate.
+
+**Stored types** are told apart by the integer their bits are seen as: uint16 holds float16, int16
+bfloat16, uint32 float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from actstore.folds.base import Array
+from actstore.folds.compiled import compiled
+
+GROUP = 8
+"""Rows taken together; an accumulator is then read and written once in eight values."""
+TILE = 256
+"""Columns taken together at most: eight rows of them as float32 fill 8 KiB of the first cache."""
+N_PLACES = 16
+"""Places of NaN and of overflow that are remembered."""
+BITS = {"float16": np.uint16, "bfloat16": np.int16, "float32": np.uint32}
+"""What the bits of each stored dtype are seen as, which tells the kernel how to read them."""
+
+TOP, BOTTOM = 0, 1
+NAN, OVERFLOW = 0, 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+NOWHERE = np.uint64(2**64 - 1)
+LOW = np.uint64(2**32 - 1)
+SIGN = np.uint64(2**31)
+
+
+class Sums(NamedTuple):
+    """Running sums of some rows of one site; the last axis is the width."""
+
+    shift: NDArray[np.float64]
+    """What the powers are taken about; NaN until the first rows come."""
+    powers: NDArray[np.float64]
+    """Sums of (value - shift)**p, p = 1 … 4, and of the squares of positive values: (5, width)."""
+    extremes: NDArray[np.float32]
+    """Largest and smallest value, (2, width)."""
+    n: NDArray[np.int64]
+    """Values, NaN not counted."""
+    n_positive: NDArray[np.int64]
+    """Values above 0."""
+
+
+class Candidates(NamedTuple):
+    """What may still enter the top and bottom lists of one site."""
+
+    keys: NDArray[np.uint64]
+    """Keys in no order, (2, width, capacity)."""
+    counts: NDArray[np.int32]
+    """Keys held, (2, width)."""
+    limits: NDArray[np.float32]
+    """Values a candidate must exceed (top) or fall below (bottom), (2, width)."""
+    k: int
+    """How many are kept when the keys are full."""
+
+
+class Found(NamedTuple):
+    """NaN and infinities that were met."""
+
+    counts: NDArray[np.int64]
+    """How many, (2,)."""
+    places: NDArray[np.uint64]
+    """The first of them, as ``offset << 32 | column``, ascending, (2, N_PLACES)."""
+
+
+def nothing_found() -> Found:
+    """Return no faults."""
+    return Found(np.zeros(2, np.int64), np.full((2, N_PLACES), NOWHERE))
+
+
+def decode(keys: NDArray[np.uint64], side: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the values and offsets that keys stand for; NaN for the key 0, which none has."""
+    ranks = keys >> np.uint64(32)
+    if side == BOTTOM:
+        ranks ^= LOW
+    codes = np.where(ranks & SIGN, ranks ^ SIGN, ranks ^ LOW).astype(np.uint32)
+    return codes.view(np.float32), (LOW - (keys & LOW)).astype(np.int64)
+
+
+def _to_float(typing_context: Any, bits: Any) -> Any:
+    """Return stored bits as float32; exact, subnormals included (the one LLVM instruction)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (value,) = arguments
+        if bits == types.uint16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+        if bits == types.int16:
+            wide = builder.zext(value, ir.IntType(32))
+            value = builder.shl(wide, ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(value, ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+to_float = intrinsic(_to_float)
+
+
+@compiled
+def fold_columns(
+    bits: Array,
+    saturated: Array,
+    first_offset: int,
+    columns: tuple[int, int],
+    rows: NDArray[np.int64],
+    sums: Sums,
+    candidates: Candidates,
+    found: Found,
+) -> None:
+    """Fold some columns of the given rows of a band into the running state."""
+    # Taken apart here, once: an array got from a tuple is counted, which inner loops would feel.
+    keys, n_keys, site_limits, k = candidates
+    site_shift, site_powers, site_extremes, site_n, site_n_positive = sums
+    chunk_columns = bits.shape[2]
+    # The running state of a tile, copied to arrays whose rows lie a constant TILE apart: the
+    # compiler can then see that the loops below may be vectorised.
+    values = np.empty(GROUP * TILE, np.float32)
+    codes = values.view(np.uint32)
+    limits = np.empty(2 * TILE, np.float32)
+    extremes = np.empty(2 * TILE, np.float32)
+    shift = np.empty(TILE, np.float64)
+    powers = np.empty(5 * TILE, np.float64)
+    n_positive = np.empty(TILE, np.int32)
+    flags = np.empty(TILE, np.int8)
+
+    first, last = columns
+    while first < last:
+        chunk, start = first // chunk_columns, first % chunk_columns
+        width = min(chunk_columns - start, last - first)
+        for column in range(width):
+            for side in range(2):
+                limits[side * TILE + column] = site_limits[side, first + column]
+                extremes[side * TILE + column] = site_extremes[side, first + column]
+            for power in range(5):
+                powers[power * TILE + column] = 0.0
+            shift[column] = site_shift[first + column]
+            n_positive[column] = 0
+        for column in range(TILE):
+            flags[column] = 0
+
+        for begin in range(0, rows.size, GROUP):
+            n_rows = min(GROUP, rows.size - begin)
+            _convert(bits, chunk, start, rows, begin, n_rows, values, width)
+            if _screen(values, limits, flags, width):
+                _examine(
+                    *(bits, saturated, chunk, start, rows, begin, n_rows, first_offset),
+                    *(values, codes, limits, flags, first, width),
+                    *(keys, n_keys, k, site_n, found),
+                )
+            _add_extremes(values, extremes, n_positive, width)
+            _add_powers(values, shift, powers, width)
+
+        for column in range(width):
+            for side in range(2):
+                site_limits[side, first + column] = limits[side * TILE + column]
+                site_extremes[side, first + column] = extremes[side * TILE + column]
+            for power in range(5):
+                site_powers[power, first + column] += powers[power * TILE + column]
+            site_n[first + column] += rows.size
+            site_n_positive[first + column] += n_positive[column]
+        first += width
+
+
+@compiled
+def _examine(
+    bits: Array,
+    saturated: Array,
+    chunk: int,
+    start: int,
+    rows: NDArray[np.int64],
+    begin: int,
+    n_rows: int,
+    first_offset: int,
+    values: NDArray[np.float32],
+    codes: NDArray[np.uint32],
+    limits: NDArray[np.float32],
+    flags: NDArray[np.int8],
+    first: int,
+    width: int,
+    keys: NDArray[np.uint64],
+    n_keys: NDArray[np.int32],
+    k: int,
+    site_n: NDArray[np.int64],
+    found: Found,
+) -> None:
+    """Look at the flagged columns of a group value by value: faults, then candidates."""
+    eight_flags = flags.view(np.uint64)
+    for word in range((width + 7) // 8):
+        if eight_flags[word] == 0:
+            continue
+        for column in range(8 * word, min(8 * word + 8, width)):
+            if flags[column] == 0:
+                continue
+            site_column, sides = first + column, int(flags[column])
+            for i in range(n_rows):
+                value = values[i * TILE + column]
+                if abs(value) <= FLOAT32_MAX:
+                    continue
+                row = rows[begin + i]
+                kind = NAN if value != value else OVERFLOW
+                _note(found, kind, first_offset + row, site_column)
+                if kind == NAN:
+                    site_n[site_column] -= 1
+                else:
+                    code = saturated[1 if value > 0 else 0]
+                    bits[chunk, row, start + column] = code
+                    values[i * TILE + column] = to_float(code)
+                    sides = 3
+            for side in range(2):
+                if not sides >> side & 1:
+                    continue
+                flip = LOW if side == BOTTOM else np.uint64(0)
+                limit = limits[side * TILE + column]
+                n = int(n_keys[side, site_column])
+                for i in range(n_rows):
+                    value, code = values[i * TILE + column], np.uint64(codes[i * TILE + column])
+                    rank = code ^ (LOW if code & SIGN else SIGN) ^ flip
+                    offset = np.uint64(first_offset + rows[begin + i])
+                    # Written in any case and kept if it counts: no branch to guess wrong.
+                    keys[side, site_column, n] = rank << np.uint64(32) | (LOW - offset)
+                    n += int(value < limit if side == BOTTOM else value > limit)
+                if n > keys.shape[2] - GROUP:
+                    _keep_best(keys[side, site_column], n, k)
+                    n = k
+                    rank = (keys[side, site_column, k - 1] >> np.uint64(32)) ^ flip
+                    kth = to_float(np.uint32(rank ^ (SIGN if rank & SIGN else LOW)))
+                    limit = min(limit, kth) if side == BOTTOM else max(limit, kth)
+                    limits[side * TILE + column] = limit
+                n_keys[side, site_column] = n
+
+
+@compiled
+def _convert(
+    bits: Array,
+    chunk: int,
+    start: int,
+    rows: NDArray[np.int64],
+    begin: int,
+    n_rows: int,
+    values: NDArray[np.float32],
+    width: int,
+) -> None:
+    """Write a group as float32, -0.0 as 0.0, and NaN for the rows that a last group lacks."""
+    for i in range(GROUP):
+        if i < n_rows:
+            row = rows[begin + i]
+            # An unsigned index needs no test for counting from the end.
+            for column in range(width):
+                value = to_float(bits[chunk, row, np.uint64(start + column)])
+                values[np.uint64(i * TILE + column)] = value + np.float32(0.0)
+        else:
+            for column in range(width):
+                values[np.uint64(i * TILE + column)] = np.nan
+
+
+@compiled
+def _screen(
+    values: NDArray[np.float32],
+    limits: NDArray[np.float32],
+    flags: NDArray[np.int8],
+    width: int,
+) -> bool:
+    """Flag columns with a value beyond the top (1) or bottom (2) limit or NaN (4); say if any."""
+    n_flagged = 0
+    for column in range(width):
+        high, low, is_nan = -np.float32(np.inf), np.float32(np.inf), False
+        for i in range(GROUP):
+            value = values[i * TILE + column]
+            high = value if value > high else high
+            low = value if value < low else low
+            is_nan |= value != value
+        flag = (high > limits[column]) + 2 * (low < limits[TILE + column]) + 4 * is_nan
+        flags[column] = flag
+        n_flagged += flag
+    return n_flagged > 0
+
+
+@compiled
+def _add_extremes(
+    values: NDArray[np.float32],
+    extremes: NDArray[np.float32],
+    n_positive: NDArray[np.int32],
+    width: int,
+) -> None:
+    for column in range(width):
+        high, low, n = extremes[column], extremes[TILE + column], n_positive[column]
+        for i in range(GROUP):
+            value = values[i * TILE + column]
+            high = value if value > high else high
+            low = value if value < low else low
+            n += np.int32(value > np.float32(0.0))
+        extremes[column], extremes[TILE + column], n_positive[column] = high, low, n
+
+
+@compiled
+def _add_powers(
+    values: NDArray[np.float32],
+    shift: NDArray[np.float64],
+    powers: NDArray[np.float64],
+    width: int,
+) -> None:
+    """Add powers 1 to 4 of the distance to the shift, and the squares of positive values."""
+    for column in range(width):
+        s1 = s2 = s3 = s4 = energy = 0.0
+        for i in range(GROUP):
+            value = np.float64(values[i * TILE + column])
+            d = value - shift[column]
+            d = d if d == d else 0.0
+            square = d * d
+            s1 += d
+            s2 += square
+            s3 += square * d
+            s4 += square * square
+            positive = value if value > 0.0 else 0.0
+            energy += positive * positive
+        powers[column] += s1
+        powers[TILE + column] += s2
+        powers[2 * TILE + column] += s3
+        powers[3 * TILE + column] += s4
+        powers[4 * TILE + column] += energy
+
+
+@compiled
+def _keep_best(keys: NDArray[np.uint64], n: int, k: int) -> None:
+    """Move the k largest of n keys to the front, the k-th last among them (quickselect)."""
+    low, high = 0, n - 1
+    while low < high:
+        pivot = keys[(low + high) // 2]
+        i, j = low, high
+        while i <= j:
+            while keys[i] > pivot:
+                i += 1
+            while keys[j] < pivot:
+                j -= 1
+            if i <= j:
+                keys[i], keys[j] = keys[j], keys[i]
+                i += 1
+                j -= 1
+        if k - 1 <= j:
+            high = j
+        elif k - 1 >= i:
+            low = i
+        else:
+            break
+
+
+@compiled
+def _note(found: Found, kind: int, offset: int, column: int) -> None:
+    """Count a fault and remember its place if it is among the first."""
+    found.counts[kind] += 1
+    places, i = found.places[kind], N_PLACES - 1
+    place = np.uint64(offset) << np.uint64(32) | np.uint64(column)
+    if place >= places[i]:
+        return
+    while i > 0 and places[i - 1] > place:
+        places[i] = places[i - 1]
+        i -= 1
+    places[i] = place

@@ -1,0 +1,255 @@
+"""The scan serves every chosen row once, well mixed, within its budget."""
+
+import numpy as np
+import pytest
+import torch
+
+from actstore.decompose import scan as scan_module
+from actstore.decompose.scan import Scan, chosen_rows
+from actstore.errors import ArgumentError, BudgetExceeded, NonFiniteActivation
+from actstore.store import Rows
+from tests.synthetic import synthetic_store
+
+MIB = 2**20
+WIDTHS = {"mlp_post.0": 37, "mlp_post.1": 64, "resid_post.1": 23}
+
+
+def values_of(n_rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return random activations of the three sites."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=(n_rows, width)) for name, width in WIDTHS.items()}
+
+
+@pytest.fixture(scope="module")
+def values():
+    """Activations of 5,003 rows."""
+    return values_of(5003)
+
+
+@pytest.fixture(scope="module")
+def store(values, tmp_path_factory):
+    """Three sites of three dtypes, 51 documents, six segments with holes at their ends."""
+    dtypes = {"mlp_post.0": "float16", "mlp_post.1": "bfloat16", "resid_post.1": "float32"}
+    path = tmp_path_factory.mktemp("scan") / "store"
+    return synthetic_store(path, values, dtype=dtypes, documents=[101] * 49 + [54])
+
+
+def make_scan(store, rows=None, budget=256 * MIB, sites=None, **options):
+    """Return a scan of content rows of all sites, unless told otherwise."""
+    rows = store.rows() if rows is None else rows
+    return Scan(store, store.select(sites), rows, budget_bytes=budget, **options)
+
+
+def gathered(blocks):
+    """Return all values and row ids; a block's memory is reused, so each is copied."""
+    parts = [(block.values.clone(), block.row_ids) for block in blocks]
+    return torch.cat([p[0] for p in parts]).numpy(), np.concatenate([p[1] for p in parts])
+
+
+def stored(store, row_ids):
+    """Return what indexing by row_id gives, as float32, sites side by side."""
+    return np.hstack([store[info.site][row_ids].astype(np.float32) for info in store.select(None)])
+
+
+@pytest.mark.parametrize("rule", ["content", "all"])
+@pytest.mark.parametrize("order", ["ordered", "mixed", "single", "sample"])
+def test_every_order_serves_the_stored_values_of_each_row_once(store, rule, order):
+    """Values come with their own row ids, no row twice, none missing."""
+    rows = store.rows(rule)
+    scan = make_scan(store, rows)
+    blocks = {
+        "ordered": lambda: scan.ordered(300),
+        "mixed": lambda: scan.mixed(256),
+        "single": lambda: scan.mixed(256, run_rows=1),
+        "sample": lambda: scan.sample(10**6),
+    }[order]()
+
+    values, row_ids = gathered(blocks)
+
+    np.testing.assert_array_equal(values, stored(store, row_ids))
+    np.testing.assert_array_equal(np.sort(row_ids), rows.row_ids())
+    assert (order in ("ordered", "sample")) == bool((np.diff(row_ids) > 0).all())
+
+
+def test_content_rows_are_neither_special_nor_first(store):
+    """The default rows hold no token at position 0."""
+    _, row_ids = gathered(make_scan(store).mixed())
+
+    assert store.tokens_of(row_ids).column("position").to_numpy().min() == 1
+
+
+def test_an_ordered_block_stays_in_its_segment(store):
+    """Scores can be written segment by segment."""
+    for block in make_scan(store).ordered(300):
+        assert len(set(block.row_ids // store.meta.segment_rows)) == 1
+
+
+def test_scattered_rows_are_served_exactly(store):
+    """A set of rows with gaps of every size gives those rows and nothing else."""
+    rng = np.random.default_rng(3)
+    wanted = np.sort(rng.choice(store.rows("all").row_ids(), 700, replace=False))
+    rows = Rows.from_row_ids("scattered", store.meta.segment_rows, wanted)
+    scan = make_scan(store, rows)
+
+    values, row_ids = gathered(scan.ordered())
+
+    np.testing.assert_array_equal(row_ids, wanted)
+    np.testing.assert_array_equal(values, stored(store, wanted))
+
+
+@pytest.mark.parametrize("budget_rows", [512, 1024, 4096])
+def test_blocks_do_not_depend_on_the_budget(store, budget_rows, monkeypatch):
+    """A small budget reads fewer blocks at once, and every block holds the same rows."""
+    full, ids = gathered(make_scan(store).mixed(128))
+    scan = make_scan(store)
+    monkeypatch.setattr(scan, "rows_at_once", lambda block_rows: budget_rows // 4)
+
+    small, small_ids = gathered(scan.mixed(128))
+
+    np.testing.assert_array_equal(ids, small_ids)
+    np.testing.assert_array_equal(full, small)
+
+
+def test_order_depends_on_seed_and_epoch(store):
+    """The same seed and epoch give the same order, others another."""
+    orders = [
+        gathered(make_scan(store, seed=seed).mixed(epoch=epoch))[1]
+        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
+
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert (orders[0] != orders[2]).any()
+    assert (orders[0] != orders[3]).any()
+
+
+def same_document_share(documents: np.ndarray) -> float:
+    """Return the share of pairs of rows that are of one document."""
+    counts = np.bincount(documents)
+    n = len(documents)
+    return float((counts * (counts - 1)).sum() / (n * (n - 1)))
+
+
+@pytest.mark.parametrize(("run_rows", "excess"), [(32, 0.01), (1, 0.003)])
+def test_a_mixed_block_spans_the_documents(store, run_rows, excess):
+    """Two rows of a block are of one document about as often as any two rows of the store."""
+    documents = store.tokens_of(store.rows().row_ids()).column("document").to_numpy()
+    chance = same_document_share(documents)
+    shares = [
+        same_document_share(store.tokens_of(block.row_ids).column("document").to_numpy())
+        for block in make_scan(store).mixed(512, run_rows=run_rows)
+        if len(block.row_ids) == 512
+    ]
+    in_order = store.tokens_of(next(make_scan(store).ordered(512)).row_ids)
+
+    assert np.mean(shares) < chance + excess
+    assert same_document_share(in_order.column("document").to_numpy()) > 5 * chance
+
+
+def test_a_limit_serves_a_random_part(store):
+    """A limit chooses single rows from the whole store, each once."""
+    _, row_ids = gathered(make_scan(store).mixed(64, run_rows=1, limit=640))
+
+    assert len(row_ids) == len(set(row_ids)) == 640
+    assert len(set(row_ids // store.meta.segment_rows)) == len(store.committed)
+
+
+def test_a_sample_larger_than_the_budget_is_read_again(store):
+    """A sample that cannot be kept in memory gives the same blocks by reading twice."""
+    kept = make_scan(store).sample(2000)
+    scan = make_scan(store)
+    scan._free_bytes = 600 * 1000
+    again = scan.sample(2000)
+
+    for sample in (kept, again, again):
+        values, row_ids = gathered(sample)
+        assert len(row_ids) == len(sample)
+        np.testing.assert_array_equal(values, gathered(kept)[0])
+    assert again._kept is None
+    assert kept._kept is not None
+
+
+def test_what_was_read_is_counted(store):
+    """A pass over all rows in order reads every stored byte once."""
+    scan = make_scan(store, store.rows("all"))
+    gathered(scan.ordered())
+
+    assert scan.bytes_read == 5003 * store.meta.row_bytes
+    assert scan.n_reads >= 3 * len(store.committed)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_none_stops_the_scan(tmp_path, bad):
+    """NaN and infinity name site, row and neuron."""
+    values = values_of(700)
+    values["mlp_post.1"][333, 17] = bad
+    store = synthetic_store(tmp_path / "store", values)
+    row_id = store["mlp_post.0"].row_ids()[333]
+
+    with pytest.raises(
+        NonFiniteActivation,
+        match=rf"mlp_post\.1 of .* is {bad} at row_id = {row_id}, neuron 17; .*rows=",
+    ):
+        gathered(make_scan(store).mixed())
+
+
+def test_an_error_while_reading_ahead_reaches_the_caller(store, monkeypatch):
+    """What the reading thread raises comes out of the iteration."""
+
+    def broken(*_args, **_options):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(store, "read", broken)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        gathered(make_scan(store).mixed())
+
+
+def test_a_budget_too_small_names_the_numbers(store):
+    """The message says what is needed; with that much it works."""
+    with pytest.raises(BudgetExceeded, match=r"needs at least ([\d,]+) bytes .*budget is") as info:
+        next(make_scan(store, budget=17 * MIB).mixed(8192))
+
+    needed = int(str(info.value).split("Pass budget=")[1].split(" ")[0])
+    assert next(make_scan(store, budget=needed).mixed(8192)).values.shape == (
+        store.rows().n_rows,
+        124,
+    )
+
+
+def test_sites_of_two_spaces_are_refused(tmp_path):
+    """Sites that share no rows cannot stand side by side."""
+    values = {"encoder.mlp_post.0": np.ones((200, 8)), "decoder.mlp_post.0": np.ones((200, 8))}
+    store = synthetic_store(tmp_path / "store", values)
+
+    with pytest.raises(ArgumentError, match=r"do not share rows; expected sites of one space"):
+        make_scan(store, store.rows(space="encoder"))
+
+
+def test_no_rows_are_refused(store):
+    """An empty choice of rows says how many there were."""
+    nothing = Rows.from_row_ids("label = 'x'", store.meta.segment_rows, np.empty(0, np.int64))
+
+    with pytest.raises(ArgumentError, match=r"rows = \"label = 'x'\" chooses none of the 5,003"):
+        make_scan(store, nothing)
+
+
+def test_an_unknown_rule_is_refused(store):
+    """A rule is one of two words, or a set of rows."""
+    with pytest.raises(ArgumentError, match=r"rows = 'contents' is no rule; expected 'content'"):
+        chosen_rows(store, "contents", "")
+    assert chosen_rows(store, store.rows("all"), "").n_rows == 5003
+
+
+def test_a_segment_not_committed_is_not_served(tmp_path):
+    """A store that is being captured answers with what is committed."""
+    store = synthetic_store(tmp_path / "store", values_of(3000), commit=[0, 2])
+
+    _, row_ids = gathered(make_scan(store).ordered())
+
+    assert set(row_ids // 1024) == {0, 2}
+
+
+def test_constants_are_what_the_document_says():
+    """A group is whole blocks and whole runs."""
+    assert scan_module.GROUP_ROWS % scan_module.BLOCK_ROWS == 0
+    assert scan_module.GROUP_ROWS % scan_module.RUN_ROWS == 0

@@ -1,0 +1,363 @@
+"""The compiled pass is equal to the folds' definitions, and mends what it should."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actstore.errors import ArgumentError
+from actstore.folds import Moments, TopK
+from actstore.folds.cpu import BandFolds, SiteFolds
+from actstore.folds.moments import MomentsState
+from actstore.folds.topk import SIDES, Thresholds, TopKState
+from actstore.shard import DTYPES
+
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
+
+
+def to_bands(block: np.ndarray, chunk_rows: int, chunk_columns: int) -> list[np.ndarray]:
+    """Lay rows out as bands; what no row or column fills is infinite, so that using it shows."""
+    n_chunks = -(-block.shape[1] // chunk_columns)
+    bands = []
+    for first in range(0, len(block), chunk_rows):
+        rows = block[first : first + chunk_rows]
+        padded = np.full((chunk_rows, n_chunks * chunk_columns), np.inf, block.dtype)
+        padded[: len(rows), : block.shape[1]] = rows
+        parts = padded.reshape(chunk_rows, n_chunks, chunk_columns)
+        bands.append(np.ascontiguousarray(parts.transpose(1, 0, 2)))
+    return bands
+
+
+def fold_bands(
+    block: np.ndarray,
+    dtype: str,
+    is_content: np.ndarray,
+    *,
+    chunk_rows: int,
+    chunk_columns: int,
+    k: int,
+    first_row_id: int = 0,
+    n_threads: int = 1,
+    thresholds: Any = None,
+) -> SiteFolds:
+    """Fold a block band by band."""
+    folds = BandFolds(
+        [block.shape[1]], [dtype], first_row_id=first_row_id, k=k, n_threads=n_threads
+    )
+    for i, band in enumerate(to_bands(block, chunk_rows, chunk_columns)):
+        mine = is_content[i * chunk_rows : (i + 1) * chunk_rows]
+        content, others = np.flatnonzero(mine), np.flatnonzero(~mine)
+        folds.update(0, band, content, others, i * chunk_rows, thresholds)
+    return folds.finish(0)
+
+
+def definition(
+    block: np.ndarray, dtype: str, is_content: np.ndarray, k: int, first_row_id: int = 0
+) -> tuple[MomentsState, MomentsState, TopKState]:
+    """What the folds' definitions say of the block, infinities saturated."""
+    with np.errstate(invalid="ignore"):  # a NaN may be a signalling one
+        x = block.astype(np.float32)
+    x = np.where(np.isinf(x), np.copysign(np.float32(LARGEST[dtype]), x), x)
+    rows = np.arange(len(block)) + first_row_id
+    moments, topk = Moments(), TopK(k)
+    width = block.shape[1]
+    return (
+        moments.update(moments.start(width), x[is_content], rows[is_content]),
+        moments.update(moments.start(width), x[~is_content], rows[~is_content]),
+        topk.update(topk.start(width), x[is_content], rows[is_content]),
+    )
+
+
+def assert_moments(got: MomentsState, want: MomentsState) -> None:
+    """Counts and extremes exactly; sums to 1e-9 of the sum of their terms' magnitudes."""
+    for name in ("n", "n_positive", "min", "max"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+        assert getattr(got, name).dtype == getattr(want, name).dtype
+    size = np.where(want.n > 0, np.maximum(np.abs(want.min), np.abs(want.max)), 0.0)
+    assert (np.abs(got.mean - want.mean) <= 1e-9 * size).all()
+    np.testing.assert_allclose(got.energy_positive, want.energy_positive, rtol=1e-9)
+    np.testing.assert_allclose(got.m2, want.m2, rtol=1e-9)
+    np.testing.assert_allclose(got.m4, want.m4, rtol=1e-9)
+    # The third is a difference of terms no larger together than this (Cauchy-Schwarz).
+    assert (np.abs(got.m3 - want.m3) <= 1e-9 * np.sqrt(want.m2 * want.m4)).all()
+
+
+def assert_lists(got: TopKState, want: TopKState) -> None:
+    """The same lists bit for bit."""
+    for side in SIDES:
+        a, b = getattr(got, side), getattr(want, side)
+        np.testing.assert_array_equal(a.counts, b.counts)
+        np.testing.assert_array_equal(a.row_ids, b.row_ids)
+        np.testing.assert_array_equal(
+            a.values.view(np.uint32)[a.taken], b.values.view(np.uint32)[b.taken]
+        )
+        np.testing.assert_array_equal(a.values, b.values)
+
+
+def activations(n: int, width: int, dtype: str, seed: int = 0) -> np.ndarray:
+    """Rows like an FFNN's, with columns that are constant, mostly zero, tiny and tied."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(rng.normal(0, 2, width), rng.gamma(1.0, 2.0, width), (n, width))
+    x[:, 1::11] = 0.1
+    x[:, 2::11] = np.maximum(x[:, 2::11], 0)
+    x[:, 3::11] *= 1e-6
+    x[:, 4::11] = np.round(x[:, 4::11])
+    x[:, 5::11] = np.where(rng.random((n, 1)) < 0.5, -0.0, 0.0)
+    x[:, 6::11] += 1000 * (np.arange(n)[:, None] > n // 2)
+    x[: n // 7, 7::11] = 3000.0
+    return x.astype(DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("width", "chunk_columns"), [(37, 37), (514, 128), (384, 192), (1, 1), (256, 256)]
+)
+def test_the_pass_is_the_definition(dtype: str, width: int, chunk_columns: int) -> None:
+    """Lists, counts and extremes are exact and moments right, for every dtype and layout."""
+    block = activations(1511, width, dtype)
+    block[5, 0] = block[700, width // 2] = np.inf
+    block[6, 0] = block[800, width - 1] = -np.inf
+    block[7, 0] = block[900, width // 3] = np.nan
+    is_content = np.random.default_rng(1).random(1511) > 0.03
+    got = fold_bands(
+        block, dtype, is_content, chunk_rows=512, chunk_columns=chunk_columns, k=31, n_threads=2
+    )
+    moments, others, topk = definition(block, dtype, is_content, k=31)
+    assert_moments(got.moments, moments)
+    assert_moments(got.moments_others, others)
+    assert_lists(got.topk, topk)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_bands_of_any_size_give_the_definition(data: st.DataObject) -> None:
+    """Any rows, bands, k and content give the definition: ties, zeros, subnormals, faults."""
+    dtype = data.draw(st.sampled_from(list(DTYPES)))
+    values = [0.0, -0.0, 1.0, -1.0, 2.5, 6e-8, -6e-8, 1e-40, 3e4, np.inf, -np.inf, np.nan]
+    n, width = data.draw(st.integers(0, 90)), data.draw(st.integers(1, 5))
+    seed, k = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([1, 2, 7, 40]))
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore"):
+        block = rng.choice(values, (n, width)).astype(DTYPES[dtype])
+    is_content = rng.random(n) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    got = fold_bands(
+        block,
+        dtype,
+        is_content,
+        chunk_rows=data.draw(st.sampled_from([1, 3, 8, 64])),
+        chunk_columns=data.draw(st.integers(1, 6)),
+        k=k,
+        first_row_id=13,
+    )
+    moments, others, topk = definition(block, dtype, is_content, k, first_row_id=13)
+    assert_moments(got.moments, moments)
+    assert_moments(got.moments_others, others)
+    assert_lists(got.topk, topk)
+    assert got.nan.n == np.isnan(block).sum()
+    assert got.overflow.n == np.isinf(block.astype(np.float64)).sum()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_16_bit_pattern_is_read_right(dtype: str) -> None:
+    """All 65,536 patterns, subnormals included, come out with NumPy's value and in order."""
+    block = np.arange(65536, dtype=np.uint16).view(DTYPES[dtype]).reshape(4096, 16)
+    content = np.ones(4096, bool)
+    got = fold_bands(block, dtype, content, chunk_rows=4096, chunk_columns=16, k=4096)
+    assert_lists(got.topk, definition(block, dtype, content, k=4096)[2])
+    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
+    assert got.nan.n == (np.arange(65536) & 0x7FFF > exponent).sum() > 0
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """One, two and three threads give the same bits, faults and their places included."""
+    block = activations(777, 514, "float16")
+    block[::3, ::7] = np.inf
+    block[1::5, ::11] = np.nan
+    is_content = np.arange(777) % 13 > 0
+    results = [
+        fold_bands(
+            block, "float16", is_content, chunk_rows=256, chunk_columns=128, k=19, n_threads=n
+        )
+        for n in (1, 2, 3)
+    ]
+    for other in results[1:]:
+        for name in ("moments", "moments_others"):
+            for key, array in Moments().to_arrays(getattr(results[0], name)).items():
+                assert array.tobytes() == getattr(getattr(other, name), key).tobytes(), key
+        assert_lists(other.topk, results[0].topk)
+        assert other.nan == results[0].nan
+        assert other.overflow == results[0].overflow
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_are_replaced_in_the_band_and_nothing_else_is(dtype: str) -> None:
+    """Infinities of named rows become the largest finite value; all other bits stay."""
+    rng = np.random.default_rng(2)
+    band = rng.normal(size=(2, 32, 4)).astype(DTYPES[dtype])
+    band[0, 3, 1], band[1, 4, 2], band[1, 5, 0] = np.inf, -np.inf, np.nan
+    band[0, 20, 0] = np.inf  # of no named row
+    band[1, 3, 3] = np.inf  # of no column
+    want = band.copy()
+    want[0, 3, 1], want[1, 4, 2] = LARGEST[dtype], -LARGEST[dtype]
+    folds = BandFolds([7], [dtype], first_row_id=100, k=3)
+    assert folds.update(0, band, np.arange(0, 16), np.arange(0)) == (1, 2)
+    assert band.tobytes() == want.tobytes()
+    got = folds.finish(0)
+    assert (got.overflow.n, got.overflow.places) == (2, ((103, 1), (104, 6)))
+    assert (got.nan.n, got.nan.places) == (1, ((105, 4),))
+    assert got.moments.n.tolist() == [16, 16, 16, 16, 15, 16, 16]
+    assert got.topk.top.row_ids[1, 0] == 103
+    assert got.topk.bottom.row_ids[6, 0] == 104
+
+
+def test_other_rows_are_mended_too_but_enter_no_list() -> None:
+    """An infinity of a first row is replaced and counted, and no list names the row."""
+    band = np.ones((1, 8, 3), np.float32)
+    band[0, 0] = np.inf
+    folds = BandFolds([3], ["float32"], first_row_id=0, k=8)
+    assert folds.update(0, band, np.arange(1, 8), np.arange(1)) == (0, 3)
+    got = folds.finish(0)
+    assert np.isfinite(band).all()
+    assert got.moments_others.max.tolist() == [LARGEST["float32"]] * 3
+    assert got.moments.max.tolist() == [1.0] * 3
+    assert 0 not in got.topk.top.row_ids
+    assert got.topk.top.counts.tolist() == [7] * 3
+
+
+def test_only_the_first_places_are_remembered() -> None:
+    """Of many faults the sixteen first, by row, then column, are remembered, across bands."""
+    folds = BandFolds([70], ["float16"], first_row_id=0, k=3, n_threads=2)
+    for i in range(3):
+        band = np.zeros((1, 16, 70), np.float16)
+        band[0, 3, ::11] = np.nan
+        folds.update(0, band, np.arange(16), np.arange(0), 16 * i)
+    got = folds.finish(0).nan
+    assert got.n == 21
+    every = [(16 * i + 3, column) for i in range(3) for column in range(0, 70, 11)]
+    assert got.places == tuple(every[:16])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_thresholds_of_committed_segments_lose_no_row(data: st.DataObject) -> None:
+    """Segments done in any order, each under the lists of those before, give the lists of all."""
+    k, n_segments = data.draw(st.sampled_from([1, 3, 9])), 4
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    # Few different values: the thresholds are nearly always tied with.
+    levels = data.draw(st.sampled_from([2, 5, 50]))
+    block = rng.integers(0, levels, (n_segments * 32, 3)).astype(np.float16)
+    content = rng.random(len(block)) < 0.9
+    fold = TopK(k)
+    committed = fold.start(3)
+    for segment in data.draw(st.permutations(range(n_segments))):
+        mine = slice(32 * segment, 32 * segment + 32)
+        got = fold_bands(
+            block[mine],
+            "float16",
+            content[mine],
+            chunk_rows=8,
+            chunk_columns=2,
+            k=k,
+            first_row_id=32 * segment,
+            thresholds=fold.thresholds(committed),
+        )
+        committed = fold.merge(committed, got.topk)
+    assert_lists(committed, definition(block, "float16", content, k)[2])
+
+
+@pytest.mark.parametrize(("threshold_row", "ties"), [(5, []), (1000, [61, 1])])
+def test_thresholds_keep_hopeless_rows_out(threshold_row: int, ties: list[int]) -> None:
+    """Lists hold only what comes before the thresholds: ties only if theirs is a later row."""
+    block = np.arange(64, dtype=np.float32)[:, None]
+    thresholds = Thresholds(*np.float32([[61], [1]]), *np.array([[threshold_row]] * 2))
+    got = fold_bands(
+        block,
+        "float32",
+        np.ones(64, bool),
+        chunk_rows=16,
+        chunk_columns=1,
+        k=5,
+        first_row_id=100,
+        thresholds=thresholds,
+    ).topk
+    assert got.top.values[0, : got.top.counts[0]].tolist() == [63, 62, *ties[:1]]
+    assert got.bottom.values[0, : got.bottom.counts[0]].tolist() == [0, *ties[1:]]
+
+
+def test_columns_of_zeros_do_not_fill_the_candidates_again() -> None:
+    """Once a bottom list is full of zeros, later zeros are not even candidates."""
+    folds = BandFolds([1], ["float16"], first_row_id=0, k=10)
+    for i in range(8):
+        folds.update(0, np.zeros((1, 64, 1), np.float16), np.arange(64), np.arange(0), 64 * i)
+    assert folds._sites[0].candidates.counts.tolist() == [[10], [10]]
+    got = folds.finish(0).topk
+    assert got.bottom.row_ids.tolist() == got.top.row_ids.tolist() == [list(range(10))]
+
+
+def test_sites_are_apart() -> None:
+    """Each site has its own width, dtype and state."""
+    folds = BandFolds([3, 2], ["float16", "bfloat16"], first_row_id=0, k=2)
+    folds.update(1, np.ones((1, 8, 2), DTYPES["bfloat16"]), np.arange(8), np.arange(0))
+    assert folds.finish(0).moments.n.tolist() == [0, 0, 0]
+    assert folds.finish(0).topk.top.counts.tolist() == [0, 0, 0]
+    assert folds.finish(1).moments.n.tolist() == [8, 8]
+    assert folds.n_bytes > 0
+
+
+def test_a_band_may_be_given_as_its_bits() -> None:
+    """Bits, as other libraries hand out bfloat16, are read as the site's dtype."""
+    block = activations(64, 6, "bfloat16")
+    as_bits = BandFolds([6], ["bfloat16"], first_row_id=0, k=4)
+    (band,) = to_bands(block, 64, 3)
+    as_bits.update(0, band.view(np.uint16), np.arange(64), np.arange(0))
+    want = fold_bands(block, "bfloat16", np.ones(64, bool), chunk_rows=64, chunk_columns=3, k=4)
+    assert_lists(as_bits.finish(0).topk, want.topk)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"band": np.zeros((2, 8, 4), np.float32)}, "is float32; expected float16 or its bits"),
+        ({"band": np.zeros((8, 8), np.float16)}, r"\(8, 8\).*for 7 columns.*to_band"),
+        ({"band": np.zeros((3, 8, 4), np.float16)}, "for 7 columns"),
+        ({"band": np.zeros((1, 8, 4), np.float16)}, "for 7 columns"),
+        ({"band": np.zeros((2, 8, 8), np.float16)[:, :, ::2]}, "C-contiguous"),
+        ({"content": np.array([3, 2])}, "content of site_index = 0 must be ascending.*sort them"),
+        ({"content": np.array([8])}, "rows of the band, 0 to 7"),
+        ({"others": np.array([-1])}, "others of site_index = 0"),
+        ({"first_offset": 7}, "first_offset = 7 .* between 8, where the last band ended"),
+        ({"thresholds": TopK(2).thresholds(TopK(2).start(3))}, r"expected \(7,\)"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    """A band, rows or thresholds that do not fit are refused, and what fits is said."""
+    folds = BandFolds([7], ["float16"], first_row_id=0, k=2)
+    good: dict[str, Any] = {
+        "band": np.zeros((2, 8, 4), np.float16),
+        "content": np.arange(8),
+        "others": np.arange(0),
+    }
+    folds.update(0, **good)
+    good["first_offset"] = 8
+    with pytest.raises(ArgumentError, match=message):
+        folds.update(0, **(good | change))
+    folds.update(0, **good)
+    assert folds.finish(0).moments.n.tolist() == [16] * 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([3, 4], ["float16"], 2), "2 widths and 1 dtypes"),
+        (([3], ["float64"], 2), "'float64' cannot be stored; choose one of float16"),
+        (([3, 0], ["float16"] * 2, 2), "a width of 0 is no site"),
+        (([3], ["float16"], 0), "k = 0 keeps nothing; give k >= 1"),
+    ],
+)
+def test_impossible_folds_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+    """Sites and k that cannot be folded are refused before any band comes."""
+    widths, dtypes, k = arguments
+    with pytest.raises(ArgumentError, match=message):
+        BandFolds(widths, dtypes, first_row_id=0, k=k)

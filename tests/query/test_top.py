@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actstore.errors import ArgumentError, DamagedFile, NeuronNotFound, SiteNotFound
+from actstore.query import Top, snippets, top
+from actstore.store import CoreStore
+from tests.query.stores import WIDTHS, activations, make_store, ranked, write_index
+from tests.synthetic import synthetic_store
+
+
+def pairs(answer: Top) -> list[tuple[int, float]]:
+    """Return an answer as (row_id, value)."""
+    return [(row["row_id"], row["value"]) for row in answer]
+
+
+def test_it_equals_sorting_all_rows(shared: CoreStore) -> None:
+    """For 200 random neurons, k and sides the rows are NumPy's, ties in the order of rows."""
+    rng = np.random.default_rng(1)
+    reached = set()
+    for _ in range(200):
+        site = str(rng.choice(list(WIDTHS)))
+        neuron = int(rng.integers(WIDTHS[site]))
+        k = int(rng.choice([1, 2, 7, 20, 21, 61]))
+        largest = bool(rng.integers(2))
+        answer = top(shared, site, neuron, k, largest=largest, before=0, after=0)
+        assert pairs(answer) == ranked_once(shared, site, neuron, largest)[:k]
+        assert answer.to_arrow()["rank"].to_pylist() == list(range(1, k + 1))
+        reached.add(answer.reached.split(":")[0])
+    assert reached == {"index", "column scan"}
+
+
+_CACHE: dict[tuple[str, int, bool], list[tuple[int, float]]] = {}
+
+
+def ranked_once(store: CoreStore, site: str, neuron: int, largest: bool) -> list[tuple[int, float]]:
+    """Return `ranked` of the shared store, computed once."""
+    key = (site, neuron, largest)
+    if key not in _CACHE:
+        _CACHE[key] = ranked(store, site, neuron, largest)
+    return _CACHE[key]
+
+
+@pytest.mark.parametrize("covers", [[], [0], [1], [0, 2], [0, 1, 2]])
+def test_every_way_gives_the_same_rows(
+    shared: CoreStore, tmp_path: Path, covers: list[int]
+) -> None:
+    """Index, index and scan, and scan agree, whatever the index covers."""
+    store = make_store(tmp_path / "s")
+    if covers:
+        write_index(store, covers)
+    for largest in (True, False):
+        answer = top(store, "mlp_post.10", 3, 20, largest=largest)
+        assert pairs(answer) == ranked_once(shared, "mlp_post.10", 3, largest)[:20]
+    expected = {
+        0: f"column scan: 4 segments, {store.n_rows():,} rows",
+        1: "index + 3 segments scanned",
+        2: "index + 2 segments scanned",
+        3: "index + 1 segment scanned",
+    }
+    assert answer.reached == expected[len(covers)]
+
+
+def test_a_store_being_captured_answers_with_what_is_committed(tmp_path: Path) -> None:
+    """Rows of segments that are planned only are not there."""
+    store = make_store(tmp_path / "s", commit=[1, 2])
+    answer = top(store, "mlp_post.0", 2, 50)
+    assert pairs(answer) == ranked(store, "mlp_post.0", 2, True)[:50]
+    assert min(row for row, _ in pairs(answer)) >= 512
+
+
+def test_an_index_newer_than_the_open_store_is_understood(tmp_path: Path) -> None:
+    """Segments that were committed and indexed since the store was opened are seen."""
+    whole = make_store(tmp_path / "s")
+    commit = tmp_path / "s/commits/00000002.json"
+    commit.rename(tmp_path / "later")
+    early = CoreStore(tmp_path / "s")
+    assert early.committed == (0, 1, 3)
+    (tmp_path / "later").rename(commit)
+    write_index(whole, whole.committed)
+    answer = top(early, "mlp_post.0", 2, 13)
+    assert answer.reached == "index"
+    assert pairs(answer) == ranked(whole, "mlp_post.0", 2, True)[:13]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stored_values_are_what_is_ordered(tmp_path: Path, dtype: str) -> None:
+    """Order and ties are those of the values as stored, in every dtype."""
+    values = {"mlp_post.0": np.random.default_rng(5).normal(size=(300, 3))}
+    store = synthetic_store(
+        tmp_path / "s", values, dtype=dtype, segment_rows=256, chunk_rows=64, special=False
+    )
+    assert pairs(top(store, "mlp_post.0", 1, 100)) == ranked(store, "mlp_post.0", 1, True)[:100]
+
+
+def test_zeros_of_both_signs_are_equal_and_nan_is_absent(shared: CoreStore) -> None:
+    """-0.0 and 0.0 stand in the order of rows, and no NaN is among all rows."""
+    answer = top(shared, "mlp_post.0", 0, 10**6, before=0, after=0)
+    values = answer.to_arrow()["value"].to_numpy()
+    assert not np.isnan(values).any()
+    assert not np.signbit(values[values == 0]).any()
+    zeros = answer.to_arrow()["row_id"].to_numpy()[values == 0]
+    assert len(zeros) > 100
+    assert (np.diff(zeros) > 0).all()
+    assert np.isnan(activations()["mlp_post.0"][:, 0]).any()
+
+
+def test_a_k_beyond_the_rows_gives_all_and_says_so(shared: CoreStore) -> None:
+    """The answer is short, and tells why."""
+    answer = top(shared, "mlp_post.0", 0, 5000, before=0, after=0)
+    n = len(ranked_once(shared, "mlp_post.0", 0, True))
+    assert len(answer) == n
+    assert answer.reached.endswith(f"; k = 5,000, and there are {n:,} content rows with a value")
+
+
+def test_rows_come_with_their_text(shared: CoreStore) -> None:
+    """Document, position, token and context are those of the row."""
+    answer = top(shared, "resid_post.2", 1, 5, before=2, after=3)
+    assert answer.columns == [
+        "rank", "row_id", "value", "document", "position", "token", "before", "after", "source",
+    ]  # fmt: skip
+    for row in answer:
+        (snippet,) = snippets(shared, [row["row_id"]], 2, 3)
+        assert (row["before"], row["token"], row["after"]) == (
+            snippet.before,
+            snippet.token,
+            snippet.after,
+        )
+        assert (row["document"], row["position"]) == (snippet.document, snippet.position)
+    assert repr(answer).endswith("\n(index)")
+
+
+def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
+    """Before the first commit the answer is empty, not an error."""
+    answer = top(make_store(tmp_path / "s", commit=[]), "mlp_post.0", 0)
+    assert len(answer) == 0
+    assert answer.reached.startswith("column scan: 0 segments, 0 rows")
+
+
+def test_wrong_arguments_are_refused(shared: CoreStore) -> None:
+    """Site, neuron and k are checked, and the message says what there is."""
+    with pytest.raises(SiteNotFound, match=r"Did you mean 'mlp_post\.0'"):
+        top(shared, "mlp_pots.0", 0)
+    with pytest.raises(NeuronNotFound, match=r"neuron = 7 is not at mlp_post\.0 .*neurons 0 … 6"):
+        top(shared, "mlp_post.0", 7)
+    with pytest.raises(NeuronNotFound, match="neuron = -1"):
+        top(shared, "mlp_post.0", -1)
+    with pytest.raises(ArgumentError, match="k = 0; expected the number of rows"):
+        top(shared, "mlp_post.0", 0, 0)
+    with pytest.raises(ArgumentError, match=r"neuron = 1\.5, k = 20; expected integers"):
+        top(shared, "mlp_post.0", 1.5)  # type: ignore[arg-type]
+
+
+def test_a_damaged_list_raises(shared: CoreStore, tmp_path: Path) -> None:
+    """A flipped bit in the index is found before it is read."""
+    root = tmp_path / "copy"
+    shutil.copytree(shared.path, root)
+    file = root / "index/000000/exemplars/hook=mlp_post/layer=0/exemplars.parquet"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedFile, match=r"exemplars\.parquet in .* has changed"):
+        top(CoreStore(root), "mlp_post.0", 0)

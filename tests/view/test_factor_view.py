@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actstore.decompose import Factors, nmf
+from actstore.errors import ArgumentError, RowNotFound
+from actstore.store import FIRST, SPECIAL, CoreStore
+from actstore.view import View, factor_view
+from tests.browser import Browser
+from tests.synthetic import synthetic_store
+from tests.view.text_store import text_store, words
+
+from .conftest import HOSTILE, PLAIN
+
+ROOT = "document.querySelector('[data-actstore-view]').shadowRoot"
+SHADES = f"[...{ROOT}.querySelectorAll('.text span')].map(s => getComputedStyle(s).backgroundColor)"
+
+
+def _pieces(document: dict[str, Any]) -> list[str]:
+    """Return the tokens' text as a browser cuts it, by UTF-16 units."""
+    units = document["text"].encode("utf-16-le", "surrogatepass")
+    end, found = 0, []
+    for gap, length in zip(document["cuts"][::2], document["cuts"][1::2], strict=True):
+        piece = units[2 * (end + gap) : 2 * (end + gap + length)]
+        found.append(piece.decode("utf-16-le", "surrogatepass"))
+        end += gap + length
+    return found
+
+
+def _row_ids(document: dict[str, Any]) -> list[int]:
+    return [first + i for first, count in document["rows"] for i in range(count)]
+
+
+def _scores(view: View, document: int) -> np.ndarray:
+    """Return the embedded scores as the script decodes them, NaN where there is none."""
+    entry = view.data["documents"][document]
+    codes = np.frombuffer(base64.b64decode(entry["scores"]), np.uint8)
+    codes = codes.reshape(len(view.data["factors"]), -1).T.astype(np.float64)
+    largest = np.array([factor["max"] for factor in view.data["factors"]])
+    return np.where(codes == 0, np.nan, largest * ((codes - 1) / 254) ** 2)
+
+
+def test_the_text_is_the_source_text_cut_at_its_tokens(store: CoreStore, factors: Factors) -> None:
+    """Whitespace is real, cuts are in UTF-16 units, and every row is its own token's."""
+    view = factor_view(store, factors)
+    documents = view.data["documents"]
+    assert [doc["text"] for doc in documents] == [*PLAIN, *HOSTILE]
+    for document in documents:
+        pieces = [text for *_, text in words(document["text"])]
+        assert _pieces(document) == pieces
+        tokens = store.tokens_of(_row_ids(document)).to_pylist()
+        cut = [document["text"][t["char_start"] : t["char_end"]] for t in tokens]
+        assert cut == pieces
+
+
+def test_embedded_scores_are_the_scores_to_what_the_eye_can_tell(
+    store: CoreStore, factors: Factors
+) -> None:
+    """One byte keeps a score to half a step of its square root; rows outside have none."""
+    view = factor_view(store, factors)
+    largest = np.array([factor["max"] for factor in view.data["factors"]])
+    for number, document in enumerate(view.data["documents"]):
+        true = factors.scores(np.array(_row_ids(document)))
+        seen = _scores(view, number)
+        assert (np.isnan(true) == np.isnan(seen)).all()
+        steps = np.abs(np.sqrt(seen / largest) - np.sqrt(true / largest)) * 254
+        assert np.nanmax(steps) <= 0.51
+
+
+def test_special_tokens_are_not_in_the_text_and_first_ones_have_no_score(tmp_path: Path) -> None:
+    """A special token has no text; a first token has, and says that it has no score."""
+    rng = np.random.default_rng(0)
+    for special in (True, False):
+        store = synthetic_store(
+            tmp_path / str(special), {"mlp_post.0": rng.random((300, 16))}, special=special
+        )
+        factors = nmf(store, ["mlp_post"], 2)
+        view = factor_view(store, factors, documents=[1])
+        (document,) = view.data["documents"]
+        flags = store.tokens_of(_row_ids(document)).column("flags").to_numpy()
+        assert not (flags & SPECIAL).any()
+        assert (np.isnan(_scores(view, 0)).any(axis=1) == ((flags & FIRST) > 0)).all()
+        assert len(_pieces(document)) == document["n_tokens"] == len(document["text"].split())
+
+
+def test_only_committed_rows_are_shown(tmp_path: Path) -> None:
+    """In a store that is being captured, rows without a commit stay unshaded text."""
+    values = {"mlp_post.0": np.random.default_rng(0).random((600, 16))}
+    store = synthetic_store(tmp_path / "s", values, segment_rows=256, documents=[600], commit=[0])
+    view = factor_view(store, nmf(store, ["mlp_post"], 2), documents=0)
+    (document,) = view.data["documents"]
+    assert len(_row_ids(document)) == 252  # of 256 rows four begin a window
+    assert document["n_tokens"] > 252
+    assert len(document["text"].split()) == document["n_tokens"]
+
+
+def test_rows_captured_after_the_factors_have_no_score(tmp_path: Path) -> None:
+    """A store that went on growing is shown whole; what the factors do not know is unshaded."""
+    values = {"mlp_post.0": np.random.default_rng(0).random((600, 16))}
+    options = {"segment_rows": 256, "documents": [600]}
+    store = synthetic_store(tmp_path / "s", values, **options, commit=[0])
+    factors = nmf(store, ["mlp_post"], 2)
+    full = synthetic_store(tmp_path / "full", values, **options)
+    for name in ("commits", "activations"):
+        shutil.copytree(full.path / name, store.path / name, dirs_exist_ok=True)
+    store.refresh()
+    scores = _scores(factor_view(store, factors), 0)
+    assert not np.isnan(scores[:252]).any()
+    assert np.isnan(scores[252:]).all()
+    assert len(scores) > 500
+
+
+def test_bytes_of_one_character_share_its_place(tmp_path: Path) -> None:
+    """Later tokens of the same character have no text of their own, and offsets stay right."""
+    text = "a \U0001f600 b"
+    spans = [(0, 1, "a"), (2, 3, "x"), (2, 3, "y"), (2, 3, "z"), (4, 5, "b")] * 1
+    store = text_store(
+        tmp_path / "s", [("e", text)] * 8, {"mlp_post.0": 16}, spans=[spans] * 8, n_factors=2
+    )
+    view = factor_view(store, nmf(store, ["mlp_post"], 2), documents=3)
+    (document,) = view.data["documents"]
+    assert _pieces(document) == ["a", "\U0001f600", "", "", "b"]
+
+
+def test_a_long_document_is_cut_after_a_token(store: CoreStore, factors: Factors) -> None:
+    """`max_tokens` cuts text and rows at the same token, and the whole length is still told."""
+    (document,) = factor_view(store, factors, 0, max_tokens=3).data["documents"]
+    assert document["text"] == "The keys to"
+    assert len(_row_ids(document)) == 3
+    assert document["n_tokens"] == len(words(PLAIN[0]))
+
+
+def test_documents_are_spread_or_the_ones_asked_for(store: CoreStore, factors: Factors) -> None:
+    """Without `documents` they are spread over all; with it they are those, in order."""
+
+    def shown(**options: Any) -> list[int]:
+        return [doc["document"] for doc in factor_view(store, factors, **options).data["documents"]]
+
+    assert shown(max_documents=3) == [0, 4, 7]
+    assert shown(max_documents=1) == [0]
+    assert shown(documents=[5, 2, 5]) == [2, 5]
+    assert shown(documents=6) == [6]
+
+
+def test_documents_that_cannot_be_shown_are_refused(store: CoreStore, factors: Factors) -> None:
+    """No document, a limit of none and a document that is not there are named."""
+    with pytest.raises(ArgumentError, match=r"documents = \[\] names none"):
+        factor_view(store, factors, [])
+    with pytest.raises(ArgumentError, match=r"max_documents = 0 was given; expected at least 1"):
+        factor_view(store, factors, max_documents=0)
+    with pytest.raises(ArgumentError, match=r"max_tokens = 0 was given; expected at least 1"):
+        factor_view(store, factors, max_tokens=0)
+    with pytest.raises(RowNotFound, match=r"document = 99 is not in .*; it has documents 0 … 7"):
+        factor_view(store, factors, 99)
+
+
+def test_factors_carry_what_the_result_says(store: CoreStore, factors: Factors) -> None:
+    """Shares, neurons and exemplars of a factor are those of the result's tables."""
+    view = factor_view(store, factors)
+    exemplars = factors.table("factor_exemplars").to_pylist()
+    for entry, row in zip(view.data["factors"], factors.table("factors").to_pylist(), strict=True):
+        k = entry["factor"]
+        assert entry["share"] == pytest.approx(row["share"], rel=1e-3)
+        assert sum(entry["sites"]) == pytest.approx(1, abs=1e-2)
+        best = next(e for e in exemplars if (e["factor"], e["side"], e["rank"]) == (k, "top", 1))
+        assert entry["exemplars"][0]["row_id"] == best["row_id"]
+        for site, _, neurons in entry["neurons"]:
+            loadings = factors.loadings_of(view.data["sites"][site]["name"])[k]
+            assert neurons[0][0] == int(loadings.argmax())
+
+
+def test_a_page_of_ten_factors_and_fifty_documents_is_small(tmp_path: Path) -> None:
+    """10 factors x 50 documents x 512 tokens take less than 3 MB."""
+    rng = np.random.default_rng(0)
+    values = {"mlp_post.0": rng.gamma(0.5, 1.0, (50 * 512, 16))}
+    store = synthetic_store(
+        tmp_path / "s", values, documents=[512] * 50, context=512, segment_rows=8192
+    )
+    view = factor_view(store, nmf(store, ["mlp_post"], 10))
+    assert len(view.data["documents"]) == 50
+    assert len(view.page()) < 3_000_000
+
+
+# -- in a browser ------------------------------------------------------------------------------
+
+
+def _center(browser: Browser, selector: str) -> tuple[float, float]:
+    x, y = browser.evaluate(
+        f"(r => [r.x + r.width / 2, r.y + r.height / 2])"
+        f"({ROOT}.querySelector({json.dumps(selector)}).getBoundingClientRect())"
+    )
+    return x, y
+
+
+def _text(browser: Browser, selector: str) -> str:
+    """Return the text of the first element of the view that a selector finds."""
+    return str(browser.evaluate(f"{ROOT}.querySelector({json.dumps(selector)}).textContent"))
+
+
+def _select(browser: Browser, number: int) -> None:
+    """Choose a document from the list."""
+    browser.evaluate(
+        f"(s => {{ s.value = '{number}'; s.dispatchEvent(new Event('change')) }})"
+        f"({ROOT}.querySelector('select'))"
+    )
+
+
+@pytest.fixture
+def page(browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path) -> Browser:
+    """The factor page, open at 1280 x 900."""
+    browser.viewport(1280, 900)
+    browser.open(factor_view(store, factors).to_html(tmp_path / "factors.html"))
+    return browser
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_page_opens_without_requests_and_errors(
+    browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path, width: int, dark: bool
+) -> None:
+    """Nothing is asked of the network, the console is quiet, nothing is wider than the window."""
+    path = factor_view(store, factors).to_html(tmp_path / "factors.html")
+    browser.viewport(width, 850, dark=dark)
+    browser.open(path)
+    assert browser.requests == [path.as_uri()]
+    assert browser.errors == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    paper = browser.evaluate(f"getComputedStyle({ROOT}.querySelector('.view')).backgroundColor")
+    assert paper == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
+    picture = tmp_path / "factors.png"
+    browser.screenshot(picture)
+    assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.browser
+def test_hovering_a_factor_shades_the_text_by_it(page: Browser) -> None:
+    """The shading under the mouse is that factor's, and the chosen one's comes back afterwards."""
+    before = page.evaluate(SHADES)
+    page.move(*_center(page, "#factor-2"))
+    hovered = page.evaluate(SHADES)
+    assert hovered != before
+    assert "Score of factor 2" in _text(page, ".legend")
+    page.move(*_center(page, "h2"))
+    assert page.evaluate(SHADES) == before
+
+
+@pytest.mark.browser
+def test_shading_follows_the_score(page: Browser, store: CoreStore, factors: Factors) -> None:
+    """The order of the shades is the order of the scores."""
+    levels = page.evaluate(
+        f"[...{ROOT}.querySelectorAll('.text span')].map(s => +s.style.getPropertyValue('--s'))"
+    )
+    view = factor_view(store, factors)
+    scores = _scores(view, 0)[:, 0]
+    top = view.data["factors"][0]["scale"]
+    np.testing.assert_allclose(levels, np.minimum(np.nan_to_num(scores) / top, 1), atol=1e-3)
+
+
+@pytest.mark.browser
+def test_arrow_keys_choose_factors_and_walk_the_text(page: Browser) -> None:
+    """Down chooses the next factor and its detail; right goes from token to token and says it."""
+    page.evaluate(f"{ROOT}.querySelector('[role=listbox]').focus()")
+    page.press("ArrowDown")
+    assert _text(page, "[aria-selected=true] .number") == "1"
+    assert _text(page, "h3").startswith("Factor 1")
+    page.press("End")
+    page.press("Home")
+    assert _text(page, "h3").startswith("Factor 0")
+    page.evaluate(f"{ROOT}.querySelector('.text').focus()")
+    page.press("ArrowRight")
+    page.press("ArrowRight")
+    assert _text(page, "[aria-live]").startswith("keys; row_id 2")
+
+
+@pytest.mark.browser
+def test_a_click_chooses_a_factor_and_an_exemplar_opens_its_document(page: Browser) -> None:
+    """A click fixes the factor; a click on an exemplar shows that token in its document."""
+    page.click(*_center(page, "#factor-3"))
+    page.move(*_center(page, "h2"))
+    assert _text(page, "h3").startswith("Factor 3")
+    token = _text(page, ".exemplars b")
+    page.evaluate(f"{ROOT}.querySelector('.exemplars button').click()")
+    assert _text(page, ".text .here") == token
+
+
+@pytest.mark.browser
+def test_a_token_says_its_numbers(page: Browser) -> None:
+    """The tooltip of a token gives its row_id, its place and its score."""
+    page.move(*_center(page, ".text span:nth-of-type(2)"))
+    tip = _text(page, ".tip")
+    assert "keys" in tip
+    assert "row_id: 2, token 1" in tip
+    assert "factor 0:" in tip
+
+
+@pytest.mark.browser
+def test_documents_switch_and_a_word_is_found(page: Browser) -> None:
+    """Choosing a document shows its text; a search keeps the documents that hold the word."""
+    assert _text(page, ".text") == PLAIN[0]
+    _select(page, 1)
+    assert _text(page, ".text") == PLAIN[1]
+    page.evaluate(f"{ROOT}.querySelector('input').focus()")
+    page.type("COMMITTEE")
+    assert _text(page, ".text") == PLAIN[2]
+    assert page.evaluate(f"{ROOT}.querySelectorAll('option').length") == 1
+    hit = page.evaluate(f"[...{ROOT}.querySelectorAll('.hit')].map(s => s.textContent).join('')")
+    assert hit == "committee"
+
+
+@pytest.mark.browser
+def test_hostile_text_is_shown_and_never_run(
+    browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path
+) -> None:
+    """In every document, as a page and as a fragment without the page's policy, text stays text."""
+    view = factor_view(store, factors)
+    bare = tmp_path / "bare.html"
+    bare.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{view.html}", encoding="utf-8")
+    for path in (view.to_html(tmp_path / "page.html"), bare):
+        browser.open(path)
+        for number, text in enumerate([*PLAIN, *HOSTILE]):
+            _select(browser, number)
+            for factor in range(factors.n_components):
+                browser.evaluate(f"{ROOT}.querySelector('#factor-{factor}').click()")
+            shown = _text(browser, ".text")
+            pictures = str.maketrans({"\x00": "\u2400", "\x07": "\u2407", "\x1b": "\u241b"})
+            assert shown == text.translate(pictures)
+        assert browser.evaluate("window.hacked") is None
+        assert browser.evaluate("document.scripts.length") == 1
+        assert browser.evaluate(f"{ROOT}.querySelectorAll('script, img').length") == 0
+        assert browser.errors == []
+        assert browser.requests == [path.as_uri()]
+
+
+@pytest.mark.browser
+def test_lone_surrogates_are_shown_as_replaced(
+    browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path
+) -> None:
+    """Text that is not Unicode shows U+FFFD in its place, one for one, and breaks nothing."""
+    view = factor_view(store, factors, 0)
+    document = {**view.data["documents"][0], "source": "\udc80.txt"}
+    document["text"] = "\ud800" + document["text"][1:]
+    broken = dataclasses.replace(view, data={**view.data, "documents": [document]})
+    browser.open(broken.to_html(tmp_path / "broken.html"))
+    assert _text(browser, ".text") == "\ufffd" + PLAIN[0][1:]
+    assert browser.errors == []
+
+
+@pytest.mark.browser
+def test_a_fragment_takes_the_theme_of_its_notebook(
+    browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path
+) -> None:
+    """On a dark surface in a light system the view is dark; shown twice, it is drawn twice."""
+    view = factor_view(store, factors, 0)
+    path = tmp_path / "notebook.html"
+    path.write_text(
+        "<!DOCTYPE html><meta charset=utf-8><style>span { display: none }</style>"
+        f"<body style='background: #111'><div>{view.html}</div><div>{view.html}</div>",
+        encoding="utf-8",
+    )
+    browser.viewport(1280, 900)
+    browser.open(path)
+    papers = browser.evaluate(
+        "[...document.querySelectorAll('[data-actstore-view]')].map(h => "
+        "getComputedStyle(h.shadowRoot.querySelector('.view')).backgroundColor)"
+    )
+    assert papers == ["rgb(20, 23, 28)"] * 2
+    display = f"getComputedStyle({ROOT}.querySelector('.text span')).display"
+    assert browser.evaluate(display) == "inline"
+
+
+@pytest.mark.browser
+def test_without_scripts_a_plain_table_stays(
+    browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path
+) -> None:
+    """Where a notebook is not trusted and scripts are dropped, the table of factors is readable."""
+    view = factor_view(store, factors, 0)
+    path = tmp_path / "plain.html"
+    path.write_text(view.html.split("<script>")[0], encoding="utf-8")
+    browser.open(path)
+    assert browser.evaluate("document.querySelectorAll('tbody tr').length") == 4
+    assert browser.evaluate("window.hacked") is None
