@@ -18,7 +18,10 @@ import torch
 
 from actstore.models import LanguageModel, load
 from tests.captured import DOCUMENTS, Captured, capture
+from tests.stores import model_folder, small_store, texts, texts_folder
 from tests.toys import toy_model
+
+__all__ = ["model_folder", "small_store", "texts", "texts_folder"]  # fixtures of another file
 
 torch.set_num_threads(1)
 # Runs are timed on shared machines, and a failure on one should be found on all of them.

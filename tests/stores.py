@@ -3,7 +3,7 @@
 import pytest
 
 import actstore
-from toys import TEXT, toy_model
+from tests.toys import TEXT, toy_model
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import pytest
 
 import actstore
 from actstore.errors import ArgumentError, StoreNotFound
-from toys import toy_model
+from tests.toys import toy_model
 
 
 def test_one_prompt_is_one_line():

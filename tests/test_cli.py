@@ -8,8 +8,15 @@ from click.testing import CliRunner
 from actstore.cli import main
 
 
+def lines(result):
+    """Return the JSON lines a command printed."""
+    return [json.loads(line) for line in result.output.splitlines()]
+
+
 @pytest.fixture
 def run():
+    """Return a function that runs a command and checks its exit status."""
+
     def run(*args, code=0):
         result = CliRunner().invoke(main, [str(arg) for arg in args])
         assert result.exit_code == code, result.output + str(result.exception)
@@ -32,17 +39,18 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
     said = run("capture", model_folder, f"{texts_folder}/*.txt", store, "--context", 16).output
     assert "tokens in 1 segments" in said
 
-    rows = [json.loads(line) for line in run("top", store, "mlp_post.1", 7, "-k", 3).output.splitlines()]
+    rows = lines(run("top", store, "mlp_post.1", 7, "-k", 3))
     assert [row["rank"] for row in rows] == [1, 2, 3]
 
-    (count,) = [json.loads(x) for x in run("sql", store, "SELECT count(*) n FROM tokens").output.splitlines()]
+    (count,) = lines(run("sql", store, "SELECT count(*) n FROM tokens"))
     assert count["n"] > 0
     assert len(run("nmf", store, "--components", 2, "--name", "two").output.splitlines()) >= 2
     assert "site_a" in run("similarity", store, "--format", "csv", "--tolerance", 0.5).output
     for name in ("factors.html", "similarity.html"):
         run("export", store, name.split(".")[0], "--to", tmp_path / name)
         assert (tmp_path / name).read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert json.loads(run("info", store, "--json").output)["results"] == ["nmf/two", "similarity/similarity-1"]
+    (info,) = lines(run("info", store, "--json"))
+    assert info["results"] == ["nmf/two", "similarity/similarity-1"]
     run("finish", store)
 
 
@@ -81,6 +89,6 @@ def test_usage_errors_exit_2(run, small_store):
 
 def test_sites_of_a_model(run, model_folder):
     """`sites` lists module, side and width of each capture point."""
-    rows = [json.loads(line) for line in run("sites", model_folder).output.splitlines()]
+    rows = lines(run("sites", model_folder))
 
     assert {"site": "mlp_post.2", "width": 64, "side": "input", "module": "h.2.mlp.c_proj"} in rows

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def corpus():
+    """Return the beginnings of a dozen speeches."""
     documents = []
     for speech in Speeches():
         documents.append({**speech, "text": speech["text"][:400]})

@@ -97,7 +97,9 @@ def load(
         module = _load_module(source, config, wanted_dtype, common)
     module = _text_stack(module).to(target).eval()
     commit = getattr(config, "_commit_hash", None)
-    return LanguageModel(module, text, name=source.name, revision=revision or commit)
+    # A store is shared; where the model lay on this machine is nobody's business.
+    name = "/".join(Path(source.name).parts[-2:]) if source.local else source.name
+    return LanguageModel(module, text, name=name, revision=revision or commit)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
-from toys import toy_model
+from tests.toys import toy_model
 
 from actstore.models import LanguageModel, load
 

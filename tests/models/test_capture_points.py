@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import transformers
 from torch import nn
-from toys import toy_model
+from tests.toys import toy_model
 
 from actstore.errors import ArgumentError, ModelError
 from actstore.models import find_capture_points, load

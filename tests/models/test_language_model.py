@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from toys import ARCHITECTURES, TEXT, toy_model
+from tests.toys import ARCHITECTURES, TEXT, toy_model
 
 from actstore.errors import ArgumentError, ModelError, SiteNotFound
 from actstore.models import LanguageModel, load

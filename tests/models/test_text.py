@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
-from toys import ARCHITECTURES, TEXT, toy_model
+from tests.toys import ARCHITECTURES, TEXT, toy_model
 from transformers import PreTrainedTokenizerFast
 
 from actstore.errors import ModelError
