@@ -4,6 +4,8 @@ Rows are those of a six-layer model: 6 x 1,536 GELU-like and 7 x 384 normal colu
 bands of 4,096 rows, made outside the clock.  *Cold* is the first segment of a store, whose lists
 are empty; *steady* is a new segment under the lists of 100,000 committed rows.  NumPy computes the
 same sums, extremes, counts and candidates, chunk by chunk so that its temporaries stay in cache.
+CPU is the time of all cores together, and ratios are of CPU: on a shared machine the clock says
+more of the neighbours than of us.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Reads requests from standard input, one JSON object a line, and answers each with how its process
 ended.  ``kill`` is the number of the durable step (a call of sync_file, publish, create or replace)
 at which SIGKILL comes, ``when`` says before or after it; ``seconds`` kills from outside instead.
-The server itself computes nothing, so that a fork finds no thread pools.
+The server loads and compiles everything once; nothing of that starts threads a fork would lose.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
 from actstore import durable
 from actstore.capture import plan, run
-from actstore.models import load
+from actstore.models import LanguageModel, load
 from tests.captured import DOCUMENTS, capture
 from tests.toys import toy_model
 
@@ -29,23 +32,40 @@ STEPS = ("sync_file", "publish", "create", "replace")
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    print(json.dumps("ready"), flush=True)
+    torch.set_num_threads(1)
+    plan.PART_ROWS = 150
+    run._COMPACT_EVERY = 3
+    model = load(*toy_model("bert", n_layers=1, hidden=16, ffn=16))
+    with tempfile.TemporaryDirectory() as folder:
+        _capture(model, f"{folder}/warm")
+    _answer("ready")
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
-            os._exit(_capture(**request))
+            _capture(model, **request)
+            os._exit(0)
         if request.get("seconds") is not None:
             time.sleep(request["seconds"])
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        print(json.dumps("killed" if killed else os.WEXITSTATUS(status)), flush=True)
+        _answer("killed" if killed else os.WEXITSTATUS(status))
+
+
+def _answer(value: object) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
 
 
 def _capture(
-    path: str, kill: int | None = None, when: str = "after", log: str | None = None, **_: Any
-) -> int:
+    model: LanguageModel,
+    path: str,
+    kill: int | None = None,
+    when: str = "after",
+    log: str | None = None,
+    **_: Any,
+) -> None:
     steps: list[str] = []
 
     def watch(name: str) -> None:
@@ -62,15 +82,12 @@ def _capture(
 
         setattr(durable, name, watched)
 
-    for name in STEPS:
-        watch(name)
-    torch.set_num_threads(1)
-    plan.PART_ROWS = 150
-    run._COMPACT_EVERY = 3
-    capture(load(*toy_model("bert", n_layers=1)), DOCUMENTS, Path(path), context=24)
+    if kill is not None or log:
+        for name in STEPS:
+            watch(name)
+    capture(model, DOCUMENTS, Path(path), context=24)
     if log:
         Path(log).write_text("\n".join(steps))
-    return 0
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def test_a_segment_another_process_writes_is_left_to_it(
         assert 1 not in CoreStore(store.path).committed
         with pytest.raises(StoreBusy, match=r"segment 1 of .* is being written by another proc"):
             store.write_segment(1).__enter__()
-    with store.plan_lock(), pytest.raises(StoreBusy, match="the plan of .* Wait for it, or end"):
+    with store.plan_lock(), pytest.raises(StoreBusy, match=r"the plan of .* Wait for it, or end"):
         toy_capture()
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from actstore.decompose import scan as scan_module
 from actstore.decompose.scan import Scan, chosen_rows
 from actstore.errors import ArgumentError, BudgetExceeded, NonFiniteActivation
 from actstore.store import Rows
@@ -129,7 +128,7 @@ def same_document_share(documents: np.ndarray) -> float:
     return float((counts * (counts - 1)).sum() / (n * (n - 1)))
 
 
-@pytest.mark.parametrize(("run_rows", "excess"), [(32, 0.01), (1, 0.003)])
+@pytest.mark.parametrize(("run_rows", "excess"), [(32, 31 / 511), (16, 15 / 511), (1, 0)])
 def test_a_mixed_block_spans_the_documents(store, run_rows, excess):
     """Two rows of a block are of one document about as often as any two rows of the store."""
     documents = store.tokens_of(store.rows().row_ids()).column("document").to_numpy()
@@ -141,8 +140,9 @@ def test_a_mixed_block_spans_the_documents(store, run_rows, excess):
     ]
     in_order = store.tokens_of(next(make_scan(store).ordered(512)).row_ids)
 
-    assert np.mean(shares) < chance + excess
-    assert same_document_share(in_order.column("document").to_numpy()) > 5 * chance
+    # Beyond chance there are the neighbours in a row's own run, and no more.
+    assert np.mean(shares) < chance + excess + 0.003
+    assert same_document_share(in_order.column("document").to_numpy()) > 0.1
 
 
 def test_a_limit_serves_a_random_part(store):
@@ -247,9 +247,3 @@ def test_a_segment_not_committed_is_not_served(tmp_path):
     _, row_ids = gathered(make_scan(store).ordered())
 
     assert set(row_ids // 1024) == {0, 2}
-
-
-def test_constants_are_what_the_document_says():
-    """A group is whole blocks and whole runs."""
-    assert scan_module.GROUP_ROWS % scan_module.BLOCK_ROWS == 0
-    assert scan_module.GROUP_ROWS % scan_module.RUN_ROWS == 0

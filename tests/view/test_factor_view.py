@@ -257,12 +257,13 @@ def test_hovering_a_factor_shades_the_text_by_it(page: Browser) -> None:
 def test_shading_follows_the_score(page: Browser, store: CoreStore, factors: Factors) -> None:
     """The order of the shades is the order of the scores."""
     levels = page.evaluate(
-        f"[...{ROOT}.querySelectorAll('.text span')].map(s => +s.style.getPropertyValue('--s'))"
+        f"[...{ROOT}.querySelectorAll('.text span')]"
+        ".map(s => +getComputedStyle(s).getPropertyValue('--s'))"
     )
     view = factor_view(store, factors)
     scores = _scores(view, 0)[:, 0]
     top = view.data["factors"][0]["scale"]
-    np.testing.assert_allclose(levels, np.minimum(np.nan_to_num(scores) / top, 1), atol=1e-3)
+    np.testing.assert_allclose(levels, np.minimum(np.nan_to_num(scores) / top, 1), atol=1 / 127)
 
 
 @pytest.mark.browser

@@ -1,6 +1,7 @@
 // The factor view: an overview of all factors, one document shaded by the factor that is shown, and
 // what that factor is made of. Hovering shows a factor; a click or an arrow key chooses it.
 
+const SHADES = 64; // classes of tokens: five times as fast to change as a style on each
 const STRONG = 0.75; // of the scale: from here on a token is underlined too
 
 function draw(view, data) {
@@ -153,8 +154,7 @@ function draw(view, data) {
     const top = factors[shown].scale;
     for (const span of spans) {
       const level = Math.min(1, (strongest(shown, span) ?? 0) / top);
-      span.node.style.setProperty("--s", level.toFixed(3));
-      span.node.className = (level > DEEP ? "deep" : "") + (level >= STRONG ? " strong" : "");
+      span.node.className = `s${Math.round(SHADES * level)}` + (level > DEEP ? " deep" : "") + (level >= STRONG ? " strong" : "");
       if (span.hit) span.node.classList.add("hit");
     }
     if (cursor >= 0) spans[cursor].node.classList.add("here");
@@ -330,6 +330,7 @@ function draw(view, data) {
   }
 
   view.append(
+    el("style", {}, Array.from({ length: SHADES + 1 }, (_, i) => `.s${i}{--s:${i / SHADES}}`).join("")),
     el("header", {}, el("h2", {}, visible(data.title)), facts(data.facts)),
     el("div", { class: "columns" },
       el("div", {}, heads, list),
