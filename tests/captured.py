@@ -79,6 +79,7 @@ def capture(
     **options: Any,
 ) -> Captured:
     """Capture documents with small segments; options of `Settings` and of `run_capture`."""
+    options.setdefault("context", 24)  # a window must fit into a segment
     names = [name for name in Settings.__dataclass_fields__ if name in options]
     settings = Settings(limits=limits, **{name: options.pop(name) for name in names})
     with small_segments(segment_rows, chunk_rows), counted(model) as fed:

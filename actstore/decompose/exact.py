@@ -29,7 +29,7 @@ from actstore.decompose.scan import Block
 from actstore.store import CoreStore
 
 _SWEEPS = 400
-_TOLERANCE = 1e-5
+_TOLERANCE = 1e-4
 _EARLY_POSITIONS = 4
 """Positional factors of real models live in the first few positions of a window."""
 

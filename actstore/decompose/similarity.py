@@ -358,8 +358,9 @@ def _unknown(read: float, batch_rows: int) -> float:
 def _cka(hsic: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return CKA from HSIC, ``(…, n_sites, n_sites)``; NaN where a site has no variance."""
     own = np.diagonal(hsic, axis1=-2, axis2=-1)
-    scale = np.sqrt(np.where(own > 0, own, np.nan))
-    found: npt.NDArray[np.float64] = hsic / (scale[..., :, None] * scale[..., None, :])
+    own = np.where(own > 0, own, np.nan)
+    # The root of the product, since that is exact on the diagonal.
+    found: npt.NDArray[np.float64] = hsic / np.sqrt(own[..., :, None] * own[..., None, :])
     return found
 
 

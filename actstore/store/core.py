@@ -8,16 +8,18 @@ behind without a commit is not there.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,9 +60,8 @@ def is_vacant(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _OpenShard:
-    """A reader and the file it reads; the file closes with the last reference to it."""
+    """A reader of an open file, which closes with the last reference to it."""
 
-    file: IO[bytes]
     reader: ShardReader
 
 
@@ -331,18 +332,23 @@ class CoreStore:
                 return self._shards[key]
             name = f"{path}/c/{segment}/0"
             try:
-                file = durable.confined(self.path, name).open("rb", buffering=0)
+                fd = os.open(durable.confined(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 raise DamagedFile(
                     f"{name} is missing from {self.path}, though segment {segment} is committed. "
                     "Restore it from a copy, or capture into a new store."
                 ) from None
             label = f"{name} of {self.path} (segment {segment})"
-            reader = ShardReader(file.fileno(), layout, facts.n_bytes, label, facts.chunks_crc32c)
+            try:
+                reader = ShardReader(fd, layout, facts.n_bytes, label, facts.chunks_crc32c)
+            except BaseException:
+                os.close(fd)
+                raise
             if key in self._verified:
                 reader.verified = self._verified[key]
             self._verified[key] = reader.verified
-            self._shards[key] = _OpenShard(file, reader)
+            self._shards[key] = _OpenShard(reader)
+            weakref.finalize(self._shards[key], os.close, fd)
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
             return self._shards[key]

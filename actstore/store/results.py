@@ -29,7 +29,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 class ResultWriter:
-    """Writes one result; leaves nothing behind unless `finish` was called."""
+    """Writes one result; leaves nothing behind unless `finish` was called.
+
+    Raises
+    ------
+    ResultExists, ArgumentError
+        If the name is taken, or is none.
+    StoreBusy
+        On entering, if another process is writing a result of this name.
+    """
 
     def __init__(
         self, root: Path, kind: str, name: str | None, provenance: Mapping[str, Any]
@@ -54,12 +62,15 @@ class ResultWriter:
                 f"Choose another name, or delete {self._final}."
             )
         self._folder = folder / f".{name}"
+        self._lock = durable.lock(
+            root / "work" / f"result-{kind}-{name}.lock", f"{kind} result {name!r} of {root}"
+        )
         self._provenance = dict(provenance)
         self._files: dict[str, FileFacts] = {}
-        self._shapes: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> ResultWriter:
-        if self._folder.exists():
+        self._lock.__enter__()
+        if self._folder.exists():  # left by a process that died
             shutil.rmtree(self._folder)
         durable.make_folder(self._folder)
         return self
@@ -72,6 +83,7 @@ class ResultWriter:
     ) -> None:
         if self._folder.exists():
             shutil.rmtree(self._folder)
+        self._lock.__exit__(kind, error, trace)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a table as ``<name>.parquet``."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import psutil
 
 from actstore.errors import BudgetExceeded, RowNotFound
+from actstore.shard import DTYPES
 from actstore.store.meta import SiteInfo
 
 if TYPE_CHECKING:
@@ -174,8 +175,7 @@ class SiteRows:
                 f"store.dask({str(self.info.site)!r})."
             )
         size = self._store.meta.segment_rows
-        layout = self._store.layout(self.info)
-        out = np.empty((len(ids), self.info.width), dtype=layout.numpy_dtype)
+        out = np.empty((len(ids), self.info.width), dtype=DTYPES[self.info.dtype])
         segments = ids // size
         # Stretches of consecutive ids in one segment are one read each.
         breaks = np.flatnonzero((np.diff(ids) != 1) | (np.diff(segments) != 0)) + 1

@@ -1,0 +1,211 @@
+"""Durable files: whole under their name or not there, published once, checked before use."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actstore import durable
+from actstore.durable import FileFacts, TableWriter, Verifier
+from actstore.errors import DamagedFile, StoreBusy
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that fills with the system calls that make a file durable."""
+    found: list[str] = []
+
+    def watch(name: str, where: Callable[..., str]) -> None:
+        call = getattr(os, name)
+
+        def watched(*args: object, **kwargs: object) -> object:
+            found.append(f"{name} {where(*args)}")
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("fsync", lambda fd: Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+    watch("replace", lambda old, new: f"{Path(old).name} -> {Path(new).name}")
+    watch("link", lambda old, new: f"{Path(old).name} -> {Path(new).name}")
+    return found
+
+
+def test_a_file_is_synced_before_it_has_its_name_and_the_name_after(
+    tmp_path: Path, steps: list[str]
+) -> None:
+    """Content, name, folder: in this order, or a crash could leave half a file under its name."""
+    folder = tmp_path.name
+    durable.replace(tmp_path / "a", b"1")
+    durable.create(tmp_path / "b", b"2")
+    pid = os.getpid()
+    assert steps == [
+        "fsync a.partial",
+        "replace a.partial -> a",
+        f"fsync {folder}",
+        f"fsync b.{pid}.partial",
+        f"link b.{pid}.partial -> b",
+        f"fsync {folder}",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["table", "arrays"])
+def test_tables_and_arrays_are_synced_too(kind: str, tmp_path: Path, steps: list[str]) -> None:
+    """Neither Arrow nor NumPy syncs; what is written through here is."""
+    if kind == "table":
+        facts = durable.write_table(tmp_path / "a", pa.table({"x": [1, 2]}))
+    else:
+        facts = durable.write_arrays(tmp_path / "a", {"x": np.arange(2)})
+    assert steps == ["fsync a.partial", "replace a.partial -> a", f"fsync {tmp_path.name}"]
+    assert facts == FileFacts.of(tmp_path / "a")
+
+
+def test_folders_are_made_durably(tmp_path: Path, steps: list[str]) -> None:
+    """Every new name stands in a folder that was synced after it; old ones cost nothing."""
+    durable.make_folder(tmp_path / "x/y/z")
+    assert steps == [f"fsync {tmp_path.name}", "fsync x", "fsync y"]
+    durable.make_folder(tmp_path / "x/y/z")
+    assert len(steps) == 3
+
+
+def test_a_name_is_created_once(tmp_path: Path) -> None:
+    """Whoever comes second is told, and changes nothing."""
+    durable.create(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        durable.create(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_arrays_have_the_same_bytes_every_time(tmp_path: Path) -> None:
+    """No time of writing is kept: equal arrays make equal files."""
+    arrays = {"a/b": np.arange(3.0), "c": np.zeros((2, 0), np.int8)}
+    facts = [durable.write_arrays(tmp_path / name, arrays) for name in "xy"]
+    assert facts[0] == facts[1]
+    with np.load(tmp_path / "x", allow_pickle=False) as found:
+        assert {name: found[name].tolist() for name in found.files} == {
+            "a/b": [0, 1, 2],
+            "c": [[], []],
+        }
+
+
+def test_objects_are_not_pickled(tmp_path: Path) -> None:
+    """An array of objects is refused: reading it would run code."""
+    with pytest.raises(ValueError, match="allow_pickle"):
+        durable.write_arrays(tmp_path / "a", {"x": np.array([{}], dtype=object)})
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_table_is_written_piece_by_piece(tmp_path: Path) -> None:
+    """Row groups have the size asked for; nothing has the name before the end."""
+    schema = pa.schema([("x", pa.int64())])
+    writer = TableWriter(tmp_path / "a", schema, row_group_rows=4)
+    writer.write(pa.table({"x": range(10)}, schema=schema))
+    assert not (tmp_path / "a").exists()
+    writer.write(pa.table({"x": range(10, 13)}, schema=schema))
+    facts = writer.finish()
+    file = pq.ParquetFile(tmp_path / "a")
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    assert groups == [4, 4, 2, 3]
+    assert file.read()["x"].to_pylist() == list(range(13))
+    assert facts.n_bytes == (tmp_path / "a").stat().st_size
+
+
+def test_the_verifier_reads_each_file_once_and_finds_any_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Size and crc32c are compared on first use; a second use costs nothing."""
+    path = tmp_path / "a"
+    path.write_bytes(b"0123456789")
+    facts = {"a": FileFacts.of(path)}
+    read: list[str] = []
+    crc32c = durable.crc32c_of_file
+    monkeypatch.setattr(durable, "crc32c_of_file", lambda p: read.append(p) or crc32c(p))
+    verifier = Verifier(tmp_path)
+    verifier.check(facts)
+    verifier.check(facts)
+    assert len(read) == 1
+    for data, message in (
+        (b"0123456788", r"a in .* has changed since it was written .* Restore it from a copy"),
+        (b"012345678", r"a in .* has 9 bytes, expected 10\. Restore it"),
+        (None, r"a is missing from .*; a commit or manifest names it\. Restore it"),
+    ):
+        path.unlink() if data is None else path.write_bytes(data)
+        with pytest.raises(DamagedFile, match=message):
+            Verifier(tmp_path).check(facts)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(st.dictionaries(st.text().filter(lambda key: key != "crc32c"), JSON, max_size=4))
+def test_sealed_documents_come_back_and_no_others(document: dict[str, object]) -> None:
+    """What is sealed comes back through JSON; any other content under that seal does not."""
+    sealed = json.loads(durable.to_json(durable.sealed(document)))
+    assert durable.unsealed(sealed, "a") == document
+    for other in (
+        {**sealed, "new": 1},
+        {**sealed, "crc32c": sealed["crc32c"] ^ 1},
+        document,
+        [],
+        7,
+    ):
+        with pytest.raises(DamagedFile, match="a has changed since it was written"):
+            durable.unsealed(other, "a")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "is not the JSON file it should be"),
+        (b"\xff\xfe", "is not the JSON"),
+        (None, "is missing"),
+    ],
+)
+def test_json_that_cannot_be_read_is_damage(
+    data: bytes | None, message: str, tmp_path: Path
+) -> None:
+    """Half a file, no text or no file: an error of the tree that names the file."""
+    path = tmp_path / "a.json"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(DamagedFile, match=rf"a\.json {message}.*Restore it from a copy"):
+        durable.read_json(path)
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    """A second holder is told at once who has it and what to do, and may have it after."""
+    path = tmp_path / "work/a.lock"
+    with durable.lock(path, "the plan of runs/x"):
+        with pytest.raises(StoreBusy, match=r"^the plan of runs/x is being written by another"):
+            durable.lock(path, "the plan of runs/x").__enter__()
+        with pytest.raises(BlockingIOError):
+            durable.lock(path, "x").__enter__()
+    with durable.lock(path, "x"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a", "a/../../b", "a/.."])
+def test_names_lead_nowhere_else(name: str, tmp_path: Path) -> None:
+    """A name from metadata is a path inside of the store or an error."""
+    with pytest.raises(DamagedFile, match="lies outside of the store"):
+        durable.confined(tmp_path, name)
+    assert durable.confined(tmp_path, "a/b..c") == tmp_path / "a/b..c"
+
+
+def test_facts_come_back_from_json() -> None:
+    """Bytes, crc32c and, of shards, the crc32c of their chunks' checksums."""
+    for facts in (FileFacts(1, 2), FileFacts(1, 2, 3)):
+        assert FileFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
