@@ -22,7 +22,7 @@ from actstore.store.info import Info, info
 if TYPE_CHECKING:
     import dask.array
 
-    from actstore.capture import Estimate
+    from actstore.capturing import Estimate
     from actstore.query import Answer, Top
     from actstore.view import Factors, Similarity
 
@@ -68,7 +68,7 @@ class Store(CoreStore):
 
         One pass over the partials of segments the index does not cover.
         """
-        from actstore.capture import compact
+        from actstore.capturing import compact
 
         compact(self, progress=progress)
 
@@ -387,7 +387,7 @@ def capture(
     NonFiniteActivation
         If the model yields NaN, and `on_nan` is "error".
     """
-    from actstore.capture import run_capture
+    from actstore.capturing import run_capture
 
     for name, value in (("on_nan", on_nan), ("on_overflow", on_overflow)):
         if value not in ("error", "count"):
@@ -439,7 +439,7 @@ def estimate(
 
     Tokenises the corpus once and captures a few batches into a temporary folder.
     """
-    from actstore.capture import run_estimate
+    from actstore.capturing import run_estimate
 
     return run_estimate(
         model,
@@ -467,7 +467,7 @@ def _settings(
     max_tokens: int | None,
     max_document_tokens: int | None,
 ) -> Any:
-    from actstore.capture import Limits, Settings
+    from actstore.capturing import Limits, Settings
 
     wanted = [sites] if isinstance(sites, (str, Site)) else sites
     return Settings(

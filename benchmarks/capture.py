@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from actstore.capture import Limits, Settings, compact
-from actstore.capture.corpus import Corpus, open_corpus
-from actstore.capture.plan import make_plan
-from actstore.capture.run import open_or_create
-from actstore.capture.worker import Worker, batches
+from actstore.capturing import Limits, Settings, compact
+from actstore.capturing.corpus import Corpus, open_corpus
+from actstore.capturing.plan import make_plan
+from actstore.capturing.run import open_or_create
+from actstore.capturing.worker import Worker, batches
 from actstore.models import LanguageModel, load
 from actstore.store import CoreStore
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore.capture import Limits, Settings, run, run_capture
+from actstore.capturing import Limits, Settings, run, run_capture
 from actstore.models import LanguageModel
 from actstore.store import FIRST, SPECIAL, CoreStore
 from actstore.store import core as core_store

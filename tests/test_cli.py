@@ -10,7 +10,7 @@ from actstore.cli import main
 
 def lines(result):
     """Return the JSON lines a command printed."""
-    return [json.loads(line) for line in result.output.splitlines()]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
 
     (count,) = lines(run("sql", store, "SELECT count(*) n FROM tokens"))
     assert count["n"] > 0
-    assert len(run("nmf", store, "--components", 2, "--name", "two").output.splitlines()) >= 2
+    assert len(run("nmf", store, "--components", 2, "--name", "two").stdout.splitlines()) == 2
     assert "site_a" in run("similarity", store, "--format", "csv", "--tolerance", 0.5).output
     for name in ("factors.html", "similarity.html"):
         run("export", store, name.split(".")[0], "--to", tmp_path / name)
-        assert (tmp_path / name).read_text(encoding="utf-8").startswith("<!doctype html>")
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     (info,) = lines(run("info", store, "--json"))
     assert info["results"] == ["nmf/two", "similarity/similarity-1"]
     run("finish", store)

@@ -22,7 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 from actstore import durable
-from actstore.capture import plan, run
+from actstore.capturing import plan, run
 from actstore.models import LanguageModel, load
 from tests.captured import DOCUMENTS, capture
 from tests.toys import toy_model

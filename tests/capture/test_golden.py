@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from actstore.capture import Limits
+from actstore.capturing import Limits
 from actstore.models import LanguageModel, load
 from actstore.store import FIRST, SPECIAL, CoreStore
 from tests.captured import DOCUMENTS, Captured, all_tokens, capture, counted, small_segments

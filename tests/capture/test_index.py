@@ -97,7 +97,7 @@ def test_compaction_in_between_changes_nothing(
         }
 
     once = toy_capture(name="once").store
-    monkeypatch.setattr("actstore.capture.run._COMPACT_EVERY", 2)
+    monkeypatch.setattr("actstore.capturing.run._COMPACT_EVERY", 2)
     often = toy_capture(name="often").store
     assert often.index().number > 3
     assert contents(often) == contents(once)

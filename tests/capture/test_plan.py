@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actstore.capture import Limits, Settings, plan
-from actstore.capture.corpus import Corpus, Texts, open_corpus
-from actstore.capture.run import new_meta
+from actstore.capturing import Limits, Settings, plan
+from actstore.capturing.corpus import Corpus, Texts, open_corpus
+from actstore.capturing.run import new_meta
 from actstore.errors import CorpusError, StoreMismatch
 from actstore.models import LanguageModel
 from actstore.store import FIRST, SPECIAL, CoreStore

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from actstore import durable
-from actstore.capture import compact
-from actstore.capture.worker import Worker
+from actstore.capturing import compact
+from actstore.capturing.worker import Worker
 from actstore.errors import DamagedFile, StoreBusy
 from actstore.store import CoreStore, generations
 from tests.captured import Captured, brute_lists, indexed_lists, small_segments, stored_bytes
@@ -255,7 +255,7 @@ def test_small_parts_and_one_part_plan_alike(
 ) -> None:
     """Where parts end decides where segments end, and nothing else."""
     whole = toy_capture(name="whole").store
-    monkeypatch.setattr("actstore.capture.plan.PART_ROWS", 40)
+    monkeypatch.setattr("actstore.capturing.plan.PART_ROWS", 40)
     with small_segments():
         parts = toy_capture(name="parts").store
     assert len(parts.parts) > 3

@@ -6,9 +6,9 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
-from tests.toys import toy_model
 
 from actstore.models import LanguageModel, load
+from tests.toys import toy_model
 
 
 def _packaged(package: str, path: str) -> Path:

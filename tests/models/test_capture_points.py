@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import transformers
 from torch import nn
-from tests.toys import toy_model
 
 from actstore.errors import ArgumentError, ModelError
 from actstore.models import find_capture_points, load
 from actstore.site import HOOKS, Site
+from tests.toys import toy_model
 
 BASE: dict[str, Any] = {
     "vocab_size": 320,

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.toys import ARCHITECTURES, TEXT, toy_model
 
 from actstore.errors import ArgumentError, ModelError, SiteNotFound
 from actstore.models import LanguageModel, load
 from actstore.site import Site
+from tests.toys import ARCHITECTURES, TEXT, toy_model
 
 
 def batch(model: LanguageModel, lengths: Sequence[int]) -> torch.Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.toys import toy_config, toy_model, toy_tokenizer
 
 from actstore.errors import ArgumentError, ModelError
 from actstore.models import LanguageModel, load
 from actstore.site import Site
+from tests.toys import toy_config, toy_model, toy_tokenizer
 
 
 @pytest.fixture

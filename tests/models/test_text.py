@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
-from tests.toys import ARCHITECTURES, TEXT, toy_model
 from transformers import PreTrainedTokenizerFast
 
 from actstore.errors import ModelError
 from actstore.models import LanguageModel, load
 from actstore.models.text import TextCodec
+from tests.toys import ARCHITECTURES, TEXT, toy_model
 
 UNUSUAL = "  The keys é 😀\tto\nthe WAR—naïve 東京 " + "z" * 3
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from actstore.capture.lists import read_lists
+from actstore.capturing.lists import read_lists
 from actstore.errors import ActstoreError
 from actstore.store import CoreStore
 from actstore.store.segment_writer import PartialReader
@@ -171,7 +171,7 @@ def test_partials_are_checked(
     toy_capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a segment adds to a fold is verified before it is merged."""
-    monkeypatch.setattr("actstore.capture.run.compact", lambda *_, **__: None)
+    monkeypatch.setattr("actstore.capturing.run.compact", lambda *_, **__: None)
     store = toy_capture().store
     for segment in store.committed:
         path = store.path / f"partials/folds/{segment:08d}.npz"

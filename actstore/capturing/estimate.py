@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actstore.capture.corpus import Corpus, Document, Texts, open_corpus
-from actstore.capture.plan import Limits, cut_corpus, make_plan
-from actstore.capture.run import Settings, check_path, new_meta, shard_bytes
-from actstore.capture.worker import Worker
+from actstore.capturing.corpus import Corpus, Document, Texts, open_corpus
+from actstore.capturing.plan import Limits, cut_corpus, make_plan
+from actstore.capturing.run import Settings, check_path, new_meta, shard_bytes
+from actstore.capturing.worker import Worker
 from actstore.errors import CorpusError
 from actstore.models import LanguageModel, load
 from actstore.shard import ShardLayout

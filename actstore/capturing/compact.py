@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actstore import durable
-from actstore.capture.lists import (
+from actstore.capturing.lists import (
     EXEMPLARS,
     STATES,
     TOPK,

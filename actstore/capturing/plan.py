@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actstore import durable
-from actstore.capture.corpus import Corpus, Document
+from actstore.capturing.corpus import Corpus, Document
 from actstore.errors import CorpusError, StoreMismatch
 from actstore.models import Encoded, LanguageModel
 from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment, StoreMeta

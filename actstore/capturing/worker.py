@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actstore.capture.compact import compact
-from actstore.capture.lists import TOPK, RunningLists, pack
+from actstore.capturing.compact import compact
+from actstore.capturing.lists import TOPK, RunningLists, pack
 from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreBusy
 from actstore.folds.cpu import BandFolds, SiteFolds
 from actstore.models import LanguageModel

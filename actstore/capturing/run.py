@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from actstore.capture.compact import compact
-from actstore.capture.corpus import Corpus, open_corpus
-from actstore.capture.plan import Limits, encode_documents, make_plan
-from actstore.capture.worker import OnFault, Timing, Worker
+from actstore.capturing.compact import compact
+from actstore.capturing.corpus import Corpus, open_corpus
+from actstore.capturing.plan import Limits, encode_documents, make_plan
+from actstore.capturing.worker import OnFault, Timing, Worker
 from actstore.errors import ArgumentError, NotEnoughDisk, StoreMismatch, StoreNotFound
 from actstore.models import LanguageModel, load
 from actstore.shard import ShardLayout
