@@ -145,7 +145,7 @@ def _first(corpus: Corpus) -> list[Any]:
 
 def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: int) -> StoreMeta:
     """Return the facts of a store to be made."""
-    wanted = model.select(settings.sites or DEFAULT_SITES)
+    wanted = model.select(DEFAULT_SITES if settings.sites is None else settings.sites)
     context, overlap, batch_tokens = settings.context, settings.overlap or 0, settings.batch_tokens
     if context is None:
         context = min(_DEFAULT_CONTEXT, model.context_limit)

@@ -376,9 +376,10 @@ class Worker:
         text = document["text"][token["char_start"] : token["char_end"]]
         text = text or self._store.vocabulary["text"][token["token_id"]].as_py()
         remedy = (
-            "on_nan='count' (--on-nan count) stores them and keeps them out of every fold"
+            "Give on_nan='count' (--on-nan count) to store them and keep them out of every fold"
             if kind == "NaN"
-            else "dtype='float32' (--dtype float32) holds them, on_overflow='count' saturates them"
+            else "Give on_overflow='count' (--on-overflow count) to saturate them, or "
+            "dtype='float32' (--dtype float32), with a new store, to hold them"
         )
         what = "NaN" if kind == "NaN" else f"values outside {info.dtype}"
         return NonFiniteActivation(

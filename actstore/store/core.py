@@ -146,6 +146,7 @@ class CoreStore:
     def refresh_commits(self) -> None:
         """See which segments are committed by now."""
         self.committed = self._list_commits()
+        self._stored = frozenset(self.committed)
 
     def _read_parts(self) -> list[Part]:
         names = sorted(path for path in (self.path / "plan").glob("*.json") if path.stem.isdigit())
@@ -318,7 +319,7 @@ class CoreStore:
                 f"row_id = {row_id} is a hole of {self.path}: no token was planned there. Row ids "
                 "are not dense; take them from `tokens`, `top`, or store[site].row_ids()."
             )
-        if segment not in self.committed:
+        if segment not in self._stored:
             raise RowNotFound(
                 f"row_id = {row_id} is planned but not captured yet in {self.path}. Run the same "
                 "capture again to go on with it, or store.refresh() if it is running."
@@ -354,7 +355,7 @@ class CoreStore:
             return self._shards[key]
 
     def _site_shard(self, info: SiteInfo, segment: int) -> _OpenShard:
-        if segment not in self.committed:
+        if segment not in self._stored:
             raise RowNotFound(
                 f"segment {segment} of {self.path} is not captured yet. Run the same capture again."
             )
