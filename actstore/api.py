@@ -248,8 +248,10 @@ class Store(CoreStore):
         if rule in ("content", "all"):
             return self.rows(rule)
         found = self.sql(
-            "SELECT row_id FROM tokens JOIN documents USING (document) "
-            f"WHERE NOT special AND NOT first AND ({rule})"
+            # Of documents only what tokens do not have: `text` is then the token's.
+            "SELECT row_id FROM tokens "
+            "JOIN (SELECT document, source, n_tokens, metadata FROM documents) AS documents "
+            f"USING (document) WHERE NOT special AND NOT first AND ({rule})"
         )
         ids = found.to_arrow().column("row_id").to_numpy()
         if not len(ids):
@@ -272,11 +274,13 @@ class Store(CoreStore):
         """
         import dask.array as da
 
-        path, named = self.path, str(self.site(site).site)
+        path, named = self.path.absolute(), str(self.site(site).site)
+        alive = _Alive(self)  # a temporary store lives as long as what will read it
         layout = self.layout(self.site(site))
         counts = self.committed_rows(self.site(site).site.space)
 
         def read(segment: int, n_rows: int) -> npt.NDArray[Any]:
+            assert alive is not None
             store = CoreStore(path)  # opened where the task runs
             return store.read(store.site(named), segment, 0, n_rows)
 
@@ -287,7 +291,19 @@ class Store(CoreStore):
             for segment, n_rows in counts.items()
             if n_rows
         ]
+        if not blocks:
+            return da.empty((0, layout.width), dtype=layout.numpy_dtype), self[site].row_ids()
         return da.concatenate(blocks), self[site].row_ids()
+
+
+class _Alive:
+    """Holds a store in this process; elsewhere it is nothing."""
+
+    def __init__(self, store: Store | None = None) -> None:
+        self._store = store
+
+    def __reduce__(self) -> tuple[type[_Alive], tuple[()]]:
+        return _Alive, ()
 
 
 def _delayed(function: Any) -> Any:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,9 @@ class _Commands(click.Group):
             click.echo(str(error), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("\nstopped; the same command goes on where it was", err=True)
+            goes_on = ctx.invoked_subcommand in ("capture", "demo")
+            how = "; the same command goes on where it was" if goes_on else ""
+            click.echo(f"\nstopped{how}", err=True)
             ctx.exit(130)
 
 
@@ -104,34 +105,49 @@ def echo(answer: Any, form: str | None) -> None:
         click.echo(answer.df().to_csv(index=False), nl=False)
 
 
-@contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress bars on stderr; the yielded function moves them."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+class Bars:
+    """Progress bars on stderr; called as ``bars(stage, done, total)``."""
 
-    with Progress(
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    ) as progress:
-        tasks: dict[str, Any] = {}
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._tasks: dict[str, Any] = {}
 
-        def move(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=None)
-            progress.update(tasks[stage], completed=done, total=total or None)
+    def __enter__(self) -> Bars:
+        return self
 
-        yield move
+    def __exit__(self, *_: object) -> None:
+        self.pause()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Move the bar of a stage."""
+        if not sys.stderr.isatty():
+            return
+        if self._progress is None:
+            from rich import progress
+            from rich.console import Console
+
+            self._progress = progress.Progress(
+                progress.TextColumn("{task.description:<12}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._progress.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=None)
+        self._progress.update(self._tasks[stage], completed=done, total=total or None)
+
+    def pause(self) -> None:
+        """Leave the bars as they are: what is printed next would be drawn over otherwise."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._tasks = None, {}
+
+    def say(self, shown: Any) -> None:
+        """Print something between bars."""
+        self.pause()
+        click.echo(str(shown))
 
 
 @main.command(epilog=example("actstore demo my-demo"))
@@ -142,14 +158,8 @@ def demo(folder: Path | None, causal: bool, budget: str) -> None:
     """Run a real model over a real corpus, end to end, in minutes."""
     from actstore.demo import run_demo
 
-    with bars() as progress:
-        run_demo(
-            folder,
-            causal=causal,
-            budget=budget,
-            say=lambda shown: click.echo(str(shown)),
-            progress=progress,
-        )
+    with Bars() as progress:
+        run_demo(folder, causal=causal, budget=budget, say=progress.say, progress=progress)
 
 
 @main.command(
@@ -179,7 +189,7 @@ def capture(
     import actstore
 
     options["sites"] = options["sites"] or None
-    with bars() as progress:
+    with Bars() as progress:
         if dry_run:
             found = actstore.estimate(model, corpus, store, progress=progress, **options)
         else:
@@ -215,13 +225,16 @@ def sites(model: str, form: str | None) -> None:
 
 @main.command(epilog=example("actstore info actstore-demo/store"))
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(store: Path, as_json: bool) -> None:
+@click.option(
+    "--format", "form", type=click.Choice(["table", "json"]), help="As for the other commands."
+)
+def info(store: Path, form: str | None) -> None:
     """Show STORE at a glance: model, corpus, rows, sites, size, results."""
     import actstore
 
     found = actstore.open(store).info()
-    click.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else str(found))
+    form = form or ("table" if sys.stdout.isatty() else "json")
+    click.echo(str(found) if form == "table" else json.dumps(found.to_dict(), ensure_ascii=False))
 
 
 @main.command(epilog=example("actstore finish actstore-demo/store"))
@@ -231,7 +244,7 @@ def finish(store: Path) -> None:
     import actstore
 
     opened = actstore.open(store)
-    with bars() as progress:
+    with Bars() as progress:
         opened.finish(progress=progress)
     click.echo(str(opened.info()))
 
@@ -280,7 +293,7 @@ def nmf(store: Path, form: str | None, components: int, scale: str, **options: A
     import actstore
     from actstore.query import Answer
 
-    with bars() as progress:
+    with Bars() as progress:
         factors = actstore.open(store).nmf(
             n_components=components,
             scale=None if scale == "none" else scale,
@@ -306,7 +319,7 @@ def similarity(store: Path, form: str | None, sites: tuple[str, ...], **options:
     import actstore
     from actstore.query import Answer
 
-    with bars() as progress:
+    with Bars() as progress:
         found = actstore.open(store).similarity(sites or None, progress=progress, **options)
     click.echo(str(found), err=True)
     echo(Answer(found.to_arrow()), form)

@@ -7,6 +7,7 @@ and a step whose outcome is there already is not done again.
 from __future__ import annotations
 
 import csv
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ def run_demo(
         store.similarity_result("demo")
     except ResultNotFound:
         store.similarity(name="demo", budget=budget, progress=progress)
+    say("")
+    say(factors)
     for title, query in questions(store):
         say(f"\n{title}\n  {query}")
         say(store.sql(query))
@@ -149,16 +152,19 @@ def run_demo(
     if not notebook.exists():
         factors.to_notebook(notebook)
     site = store.select("mlp_post")[-1].site
+    # As it was called: make's environment is not on the PATH.
+    command = sys.argv[0] if Path(sys.argv[0]).name == "actstore" else "actstore"
     say(
         f"\nDone in {time.perf_counter() - started:.0f} s. Everything is in {home}:\n"
         f"  {home / 'store'}  the store ({store.n_bytes() / 1e9:.1f} GB)\n"
         f"  {page}  factors over the speeches: open it in a browser\n"
         f"  {notebook}  the same in a notebook\n\n"
         "Next, type\n"
-        f"  actstore info {home / 'store'}\n"
-        f"  actstore top {home / 'store'} {site} 77\n"
-        f'  actstore sql {home / "store"} "SELECT factor, share FROM factors"\n'
-        f"  python -c \"import actstore; print(actstore.open('{home / 'store'}').info())\""
+        f"  {command} info {home / 'store'}\n"
+        f"  {command} top {home / 'store'} {site} 77\n"
+        f'  {command} sql {home / "store"} "SELECT factor, share FROM factors"\n'
+        f"and in Python ({sys.executable})\n"
+        f"  import actstore; store = actstore.open({str(home / 'store')!r})"
     )
     return store
 

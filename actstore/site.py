@@ -29,6 +29,7 @@ _ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"hidden_states\[(\d+)\]"), r"resid_pre.\1"),
 )
 _SITE = re.compile(r"(?:(encoder|decoder)\.)?([a-z_]+)\.(\d+)")
+_RANGE = re.compile(r".*\.(\d+)\s*[-–]\s*(\d+)")
 _PATTERN = re.compile(r"(?:(encoder|decoder)\.)?([a-z_]+)(?:\.(\d+)(?:\s*[-–]\s*(\d+))?)?")
 
 
@@ -136,17 +137,32 @@ def select(
     names = [part for item in wanted for part in str(item).split(",") if part.strip()]
     chosen: set[Site] = set()
     for name in names:
-        found = [site for site in available if _matches(resolve_alias(name), site)]
-        if not found:
+        pattern = resolve_alias(name)
+        found = [site for site in available if _matches(pattern, site)]
+        ends = _RANGE.fullmatch(pattern)
+        layers = {site.layer for site in found}
+        if not found or (ends and not {int(ends[1]), int(ends[2])} <= layers):
             known = {site.family for site in available} | {str(site) for site in available}
+            alone = _SITE.fullmatch(pattern)
             raise SiteNotFound(
                 f"site {name.strip()!r} is not in {where}; it has {summarize(available)}."
-                f"{did_you_mean(name.strip(), sorted(known))}"
+                + (
+                    (alone and alone[2] in HOOKS and _same_values(Site.parse(pattern), available))
+                    or did_you_mean(name.strip(), sorted(known))
+                )
             )
         chosen.update(found)
     if not chosen:
         raise SiteNotFound(f"no site was named; {where} has {summarize(available)}.")
     return sorted(chosen)
+
+
+def _same_values(site: Site, available: Sequence[Site]) -> str:
+    """Return where the values of a residual site stand under another name, if they do."""
+    after = Site("resid_post", site.layer - 1, site.space)
+    if site.hook == "resid_pre" and after in available:
+        return f" The same values are stored as '{after}'."
+    return ""
 
 
 def _matches(pattern: str, site: Site) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,21 +94,23 @@ def all_tokens(store: CoreStore) -> pa.Table:
     )
 
 
-def content(store: CoreStore, site: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """Return row ids and stored values of the committed content rows, row by row."""
+def content(
+    store: CoreStore, site: str, segments: Sequence[int] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """Return row ids and values of the content rows of some segments; by default all committed."""
     tokens = all_tokens(store)
-    segments = tokens["row_id"].to_numpy() // store.meta.segment_rows
-    keep = np.isin(segments, store.committed)
+    segment_of = tokens["row_id"].to_numpy() // store.meta.segment_rows
+    keep = np.isin(segment_of, store.committed if segments is None else segments)
     keep &= (tokens["flags"].to_numpy() & (SPECIAL | FIRST)) == 0
     row_ids = tokens["row_id"].to_numpy()[keep]
     return row_ids, store[site][row_ids]
 
 
 def brute_lists(
-    store: CoreStore, site: str, k: int = 100
+    store: CoreStore, site: str, segments: Sequence[int] | None = None, k: int = 100
 ) -> dict[str, list[list[tuple[int, float]]]]:
     """Return the k highest and lowest (row_id, value) of each neuron by sorting all of them."""
-    row_ids, values = content(store, site)
+    row_ids, values = content(store, site, segments)
     found = {}
     for side, sign in (("top", -1.0), ("bottom", 1.0)):
         keys = sign * values.astype(np.float64)

@@ -49,7 +49,7 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
     for name in ("factors.html", "similarity.html"):
         run("export", store, name.split(".")[0], "--to", tmp_path / name)
         assert (tmp_path / name).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    (info,) = lines(run("info", store, "--json"))
+    (info,) = lines(run("info", store))
     assert info["results"] == ["nmf/two", "similarity/similarity-1"]
     run("finish", store)
 

@@ -8,13 +8,13 @@ is that of one site's lists.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from actstore import durable
 from actstore.capturing.lists import (
@@ -55,37 +55,33 @@ def compact(
     """
     with store.compaction_lock():
         store.refresh()
-        base = store.prefix_index()
-        covers = _closed(store, _prefix(store.committed) if only_prefix else store.committed)
-        newest = store.index()
+        base, newest = store.prefix_index(), store.index()
+        covers = _prefix(store.committed) if only_prefix else store.committed
         if not covers or (newest is not None and set(covers) <= set(newest.covers)):
+            _tidy(store, newest)  # a crash may have come between the two
             return newest
+        done = set(base.covers) if base else set()
+        new = [segment for segment in covers if segment not in done]
+        _check_closed(store, new, covers)
         number = generations.new_number(store.path)
         folder = store.path / f"index/{number:06d}"
         durable.make_folder(folder)
         files: dict[str, FileFacts] = {}
         neurons: list[pa.Table] = []
         states: dict[str, npt.NDArray[Any]] = {}
-        with ExitStack() as stack:
-            done = set(base.covers) if base else set()
-            partials = [
-                stack.enter_context(PartialReader(store, segment, "folds"))
-                for segment in covers
-                if segment not in done
-            ]
-            for i, info in enumerate(store.meta.sites):
-                merged = _merge(store, base, info, partials)
-                neurons.append(_neurons(info, merged))
-                for state in ("moments", "others"):
-                    states |= pack(info.site, state, merged[state])
-                path = folder / exemplars_name(info.site)
-                durable.make_folder(path.parent)
-                table = _exemplars(store, info, merged["topk"])
-                files[str(path.relative_to(store.path))] = durable.write_table(
-                    path, table, _EXEMPLAR_GROUP
-                )
-                if progress:
-                    progress("index", i + 1, len(store.meta.sites))
+        for i, info in enumerate(store.meta.sites):
+            merged = _merge(store, base, info, new)
+            neurons.append(_neurons(info, merged))
+            for state in ("moments", "others"):
+                states |= pack(info.site, state, merged[state])
+            path = folder / exemplars_name(info.site)
+            durable.make_folder(path.parent)
+            table = _exemplars(store, base, info, merged["topk"])
+            files[str(path.relative_to(store.path))] = durable.write_table(
+                path, table, _EXEMPLAR_GROUP
+            )
+            if progress:
+                progress("index", i + 1, len(store.meta.sites))
         path = folder / "neurons.parquet"
         files[str(path.relative_to(store.path))] = durable.write_table(
             path, pa.concat_tables(neurons)
@@ -95,32 +91,43 @@ def compact(
         files[name] = durable.write_arrays(store.path / name, states)
         generation = Generation(number, tuple(covers), files)
         generations.publish(store.path, generation)
-        if generation.is_prefix:
-            drop_partials(store, generation.covers)
-        generations.sweep(store.path)
+        _tidy(store, generation)
         return generation
+
+
+def needs_compaction(store: CoreStore, every: int) -> bool:
+    """Return whether so many segments are committed that no prefix generation covers."""
+    base = store.prefix_index()
+    return len(store.committed) - (len(base.covers) if base else 0) >= every
+
+
+def _tidy(store: CoreStore, newest: Generation | None) -> None:
+    """Delete what the newest generation has made needless."""
+    if newest is not None and newest.is_prefix:
+        drop_partials(store, newest.covers)
+    generations.sweep(store.path)
 
 
 def _prefix(committed: Sequence[int]) -> tuple[int, ...]:
     return tuple(s for i, s in enumerate(committed) if s == i)
 
 
-def _closed(store: CoreStore, segments: Sequence[int]) -> tuple[int, ...]:
-    """Return the segments whose thresholds came from segments that are there too."""
-    present = set(segments)
+def _check_closed(store: CoreStore, segments: Sequence[int], covers: Sequence[int]) -> None:
+    """Raise `DamagedFile` unless the thresholds of all segments came from covered segments."""
+    present = set(covers)
     for segment in segments:
-        missing = set(store.commit_of(segment).relied_on) - present
-        if missing:
-            raise DamagedFile(
-                f"segment {segment} of {store.path} relied on the lists of segment "
-                f"{min(missing)}, which is not committed; a file under commits/ is missing. "
-                "Restore it from a copy."
-            )
-    return tuple(segments)
+        for first, last in store.commit_of(segment).relied_on:
+            missing = [s for s in range(first, last + 1) if s not in present]
+            if missing:
+                raise DamagedFile(
+                    f"segment {segment} of {store.path} relied on the lists of segment "
+                    f"{missing[0]}, which is not committed; a file under commits/ is missing. "
+                    "Restore it from a copy."
+                )
 
 
 def _merge(
-    store: CoreStore, base: Generation | None, info: SiteInfo, partials: Sequence[PartialReader]
+    store: CoreStore, base: Generation | None, info: SiteInfo, segments: Sequence[int]
 ) -> dict[str, Any]:
     merged: dict[str, Any] = {
         "moments": _MOMENTS.start(info.width),
@@ -134,10 +141,11 @@ def _merge(
             for state in ("moments", "others"):
                 merged[state] = unpack(arrays, info.site, state)
         merged["topk"] = read_lists(store, base, info)
-    for partial in partials:
-        for state in STATES:
-            fold = FOLDS["topk" if state == "topk" else "moments"]
-            merged[state] = fold.merge(merged[state], unpack(partial, info.site, state))
+    for segment in segments:
+        with PartialReader(store, segment, "folds") as partial:
+            for state in STATES:
+                fold = FOLDS["topk" if state == "topk" else "moments"]
+                merged[state] = fold.merge(merged[state], unpack(partial, info.site, state))
     return merged
 
 
@@ -161,7 +169,32 @@ def _neurons(info: SiteInfo, merged: dict[str, Any]) -> pa.Table:
     )
 
 
-def _exemplars(store: CoreStore, info: SiteInfo, lists: TopKState) -> pa.Table:
+_COLUMNS = ("document", "position", "token_id")
+
+
+def _tokens(
+    store: CoreStore, base: Generation | None, info: SiteInfo, row_ids: npt.NDArray[np.int64]
+) -> pa.Table:
+    """Return what tokens the rows are: from the base's exemplars where they stand there.
+
+    Only rows of new segments are looked up, so compaction does not read the whole token index.
+    """
+    known = EXEMPLARS.empty_table().select(["row_id", *_COLUMNS])
+    if base is not None:
+        name = f"{base.folder}/{exemplars_name(info.site)}"
+        known = pq.read_table(store.path / name, columns=["row_id", *_COLUMNS])
+    known_ids, places = np.unique(known.column("row_id").to_numpy(), return_index=True)
+    new_ids = np.setdiff1d(row_ids, known_ids, assume_unique=True)
+    new = store.tokens_of(new_ids, info.site.space).select(_COLUMNS)
+    both = pa.concat_tables([known.select(_COLUMNS).take(places), new])
+    order = np.argsort(np.concatenate([known_ids, new_ids]))
+    all_ids = np.concatenate([known_ids, new_ids])[order]
+    return both.take(order[np.searchsorted(all_ids, row_ids)])
+
+
+def _exemplars(
+    store: CoreStore, base: Generation | None, info: SiteInfo, lists: TopKState
+) -> pa.Table:
     pieces = []
     for side, ranked in (("top", lists.top), ("bottom", lists.bottom)):
         neurons, places = np.nonzero(ranked.taken)
@@ -179,8 +212,8 @@ def _exemplars(store: CoreStore, info: SiteInfo, lists: TopKState) -> pa.Table:
     table = pa.concat_tables(pieces)
     row_ids = table.column("row_id").to_numpy()
     unique, places = np.unique(row_ids, return_inverse=True)
-    tokens = store.tokens_of(unique, info.site.space).take(places)
-    for name in ("document", "position", "token_id"):
+    tokens = _tokens(store, base, info, unique).take(places)
+    for name in _COLUMNS:
         table = table.append_column(name, tokens.column(name))
     # Sorted so that one neuron's list is one short stretch of the file.
     order = pc.sort_indices(

@@ -8,16 +8,16 @@ tell.
 from __future__ import annotations
 
 import glob
+import io
 import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,7 +86,7 @@ def open_corpus(
         return Texts([Document(f"text {i}", t) for i, t in enumerate(texts)])
     if isinstance(corpus, (str, Path)):
         return Files(_find_files(str(corpus)), encoding, errors)
-    if isinstance(corpus, (list, tuple)) and all(isinstance(c, Path) for c in corpus) and corpus:
+    if isinstance(corpus, (list, tuple)) and corpus and all(map(_is_file, corpus)):
         found = [path for item in corpus for path in _find_files(str(item))]
         return Files(found, encoding, errors)
     if isinstance(corpus, (list, tuple)):
@@ -97,6 +97,13 @@ def open_corpus(
         f"corpus of type {type(corpus).__name__} cannot be read; expected a path, a glob, a "
         "dataset, or an iterable of str or {'text': …}."
     )
+
+
+def _is_file(item: Any) -> bool:
+    """Return whether an item of a list is a path; a short string may be the name of a file."""
+    if isinstance(item, Path):
+        return True
+    return isinstance(item, str) and len(item) < 1024 and "\n" not in item and Path(item).is_file()
 
 
 def _find_files(pattern: str) -> list[Path]:
@@ -176,6 +183,7 @@ class Records:
             "kind": "records",
             "type": type(self.items).__name__,
             "fingerprint": str(getattr(self.items, "_fingerprint", "")),
+            "n_documents": len(self.items) if isinstance(self.items, Sized) else None,
             "first": next((Texts([d]).describe()["crc32c"] for d in self if d.text.strip()), None),
         }
 
@@ -223,11 +231,15 @@ class Files:
         for path in self.paths:
             name = path.name.lower()
             if name.endswith(".txt"):
-                yield Document(path.name, self._decode(path, path.read_bytes()), {})
+                yield Document(self._source(path), self._decode(path, path.read_bytes()), {})
             elif name.endswith(".parquet"):
                 yield from self._parquet(path)
             else:
                 yield from self._json_lines(path)
+
+    def _source(self, path: Path) -> str:
+        """Return the path below the folder that all files share."""
+        return os.path.relpath(path, os.path.commonpath([p.parent for p in self.paths]))
 
     def _decode(self, path: Path, data: bytes, before: int = 0) -> str:
         try:
@@ -255,7 +267,7 @@ class Files:
                         raise CorpusError(
                             f"line {number + 1} of {path} is not JSON: {error}."
                         ) from None
-                    yield _as_document(item, number, f"{path.name}:{number + 1}")
+                    yield _as_document(item, number, f"{self._source(path)}:{number + 1}")
                 offset += len(line)
 
     def _parquet(self, path: Path) -> Iterator[Document]:
@@ -270,14 +282,14 @@ class Files:
         number = 0
         for batch in _readable(path, file.iter_batches(batch_size=256)):
             for item in batch.to_pylist():
-                yield _as_document(item, number, f"{path.name}:{number}")
+                yield _as_document(item, number, f"{self._source(path)}:{number}")
                 number += 1
 
 
 def _open_compressed(path: Path) -> Any:
     try:
-        return fsspec.open(str(path), "rb", compression="infer")
-    except ValueError as error:  # a codec that is not installed
+        return io.BufferedReader(pa.input_stream(str(path), compression="detect"))
+    except (OSError, pa.ArrowException) as error:
         raise _not_readable(path, error) from None
 
 

@@ -12,8 +12,15 @@ from typing import Any
 
 from actstore.capturing.corpus import Corpus, Document, Texts, open_corpus
 from actstore.capturing.plan import Limits, cut_corpus, make_plan
-from actstore.capturing.run import Settings, check_path, new_meta, shard_bytes
-from actstore.capturing.worker import Worker
+from actstore.capturing.run import (
+    Settings,
+    bytes_needed,
+    check_disk,
+    check_path,
+    new_meta,
+    shard_bytes,
+)
+from actstore.capturing.worker import Worker, list_bytes
 from actstore.errors import CorpusError
 from actstore.models import LanguageModel, load
 from actstore.shard import ShardLayout
@@ -103,7 +110,7 @@ def run_estimate(
             if sizes[-1] + window.rows > meta.segment_rows:
                 sizes.append(0)
             sizes[-1] += window.rows
-        if len(head) < _PROBE_DOCUMENTS:
+        if cut.windows and len(head) < _PROBE_DOCUMENTS:
             head.append(cut.document)
         n_documents += 1
         if progress:
@@ -114,10 +121,11 @@ def run_estimate(
     for info in meta.sites:
         layout = ShardLayout.for_width(info.width, meta.segment_rows, info.dtype, meta.chunk_rows)
         site_bytes[str(info.site)] = sum(shard_bytes(layout, rows) for rows in sizes)
-    rate, waited, bands = _probe(loaded, Texts(head), meta, n_bytes)
-    folder = Path(path or ".")
-    while not folder.exists():
+    folder = Path(path or tempfile.gettempdir()).absolute()
+    while not folder.is_dir():
         folder = folder.parent
+    # Beside the store, so that it is its disk that is measured.
+    rate, waited, bands = _probe(loaded, Texts(head), meta, n_bytes, folder)
     return Estimate(
         loaded.name,
         n_documents,
@@ -126,19 +134,20 @@ def run_estimate(
         site_bytes,
         sum(sizes) / rate,
         "disk" if waited > 0.2 else "compute",
-        bands * meta.chunk_rows * meta.row_bytes,
+        bands * meta.chunk_rows * meta.row_bytes + list_bytes(meta),
         shutil.disk_usage(folder).free,
     )
 
 
 def _probe(
-    model: LanguageModel, corpus: Corpus, meta: StoreMeta, budget: int
+    model: LanguageModel, corpus: Corpus, meta: StoreMeta, budget: int, beside: Path
 ) -> tuple[float, float, int]:
     """Capture a few batches aside: rows a second, share of time waited for the disk, bands."""
-    with tempfile.TemporaryDirectory(prefix="actstore-probe-") as folder:
+    with tempfile.TemporaryDirectory(prefix="actstore-probe-", dir=beside) as folder:
         store = CoreStore.create(folder, replace(meta, store_id="probe"))
         wanted = Limits(max_tokens=(_PROBE_BATCHES + 1) * meta.batch_tokens)
         make_plan(store, model, corpus, wanted)
+        check_disk(store, bytes_needed(store, store.planned))
         marks: list[tuple[float, int]] = []
         worker = Worker(
             store,

@@ -112,6 +112,8 @@ class RunningLists:
 
     def advance(self, segment: int) -> None:
         """Take in the committed segments below one that is about to be captured."""
+        if any(known > segment for known in self.relied_on):
+            self._start()  # a segment further on was captured first
         while unknown := self._unknown(segment):
             generation = self._store.prefix_index()
             if generation is not None and set(unknown) & set(generation.covers):
@@ -128,7 +130,9 @@ class RunningLists:
             self.add(unknown[0], lists)
 
     def add(self, segment: int, lists: Mapping[Site, TopKState]) -> None:
-        """Take in the lists of a segment that has just been committed."""
+        """Take in the lists of a segment that has just been committed, once."""
+        if segment in self.relied_on:
+            return  # another process has compacted it meanwhile: it came with the generation
         for site, state in lists.items():
             self._states[site] = TOPK.merge(self._states[site], state)
         self.relied_on.append(segment)

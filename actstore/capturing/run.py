@@ -7,6 +7,7 @@ disk space.
 
 from __future__ import annotations
 
+import errno
 import platform
 import tempfile
 import uuid
@@ -23,8 +24,8 @@ import torch
 from actstore.capturing.compact import compact
 from actstore.capturing.corpus import Corpus, open_corpus
 from actstore.capturing.plan import Limits, encode_documents, make_plan
-from actstore.capturing.worker import OnFault, Timing, Worker
-from actstore.errors import ArgumentError, NotEnoughDisk, StoreMismatch, StoreNotFound
+from actstore.capturing.worker import OnFault, Timing, Worker, affordable_bands
+from actstore.errors import ArgumentError, CorpusError, NotEnoughDisk, StoreMismatch, StoreNotFound
 from actstore.models import LanguageModel, load
 from actstore.shard import ShardLayout
 from actstore.site import Site, summarize
@@ -44,6 +45,7 @@ _FLOAT16_SAFE = 1000.0
 _DEFAULT_CONTEXT = 512
 _DEFAULT_BATCH_TOKENS = 4096
 _COMPACT_EVERY = 64
+_LIST_BYTES = 10_000
 
 
 @dataclass(frozen=True)
@@ -227,14 +229,17 @@ def check_same_capture(store: CoreStore, model: LanguageModel, settings: Setting
     for what, old, new in pairs:
         if old != new:
             raise StoreMismatch(
-                f"{store.path} was captured from {meta.model['name']} with another {what}: it has "
-                f"{old}, now it would be {new}. Give what it was made with, or name a new store."
+                f"{store.path} was captured from {meta.model['name']} "
+                f"({meta.model['architecture']}), now it would be {model.name} "
+                f"({model.architecture}) with another {what}: it has {old}, now {new}. Give what "
+                "it was made with, or name a new store."
             )
 
 
 def bytes_needed(store: CoreStore, segments: Iterable[int]) -> int:
     """Return the bytes the shards of some planned segments will take, exactly."""
-    total = 0
+    # Partials, and two generations of the index: the old one goes when the new one is there.
+    total = sum(info.width for info in store.meta.sites) * _LIST_BYTES
     layouts = [store.layout(info) for info in store.meta.sites]
     for segment in segments:
         rows = sum(store.planned[segment].rows.values())
@@ -253,7 +258,8 @@ def check_disk(store: CoreStore, needed: int) -> None:
     if needed > free:
         raise NotEnoughDisk(
             f"capturing into {store.path} needs {needed:,} bytes and {free:,} are free there. "
-            "Free some, name a store on another disk, or give fewer sites or max_tokens."
+            "Free some and run the same capture again; or delete that folder, and name one on "
+            "another disk, or give fewer sites= (--sites) or max_tokens= (--max-tokens)."
         )
 
 
@@ -261,16 +267,17 @@ def open_or_create(
     path: str | Path | None, model: LanguageModel, corpus: Corpus, settings: Settings, budget: int
 ) -> CoreStore:
     """Return the store at a path, made if need be; None makes one that ends with the process."""
-    if path is None:
-        folder = tempfile.TemporaryDirectory(prefix="actstore-")
-        store = CoreStore.create(folder.name, new_meta(model, corpus, settings, budget))
-        weakref.finalize(store, folder.cleanup)
-        return store
-    try:
+    if path is not None and (Path(path) / "zarr.json").exists():
         store = CoreStore(path)
-    except StoreNotFound:
-        # Another process may have made one there meanwhile.
-        store = CoreStore.create(path, new_meta(model, corpus, settings, budget))
+    else:
+        meta = new_meta(model, corpus, settings, budget)
+        affordable_bands(meta, budget)  # refuse before there is a store
+        if path is None:
+            folder = tempfile.TemporaryDirectory(prefix="actstore-")
+            store = CoreStore.create(folder.name, meta)
+            weakref.finalize(store, folder.cleanup)
+            return store
+        store = CoreStore.create(path, meta)  # or open what another process has made meanwhile
     check_same_capture(store, model, settings)
     return store
 
@@ -297,24 +304,37 @@ def run_capture(
     check_path(path)
     loaded = model if isinstance(model, LanguageModel) else load(model, tokenizer, device=device)
     store = open_or_create(path, loaded, documents, settings, n_bytes)
-    make_plan(store, loaded, documents, settings.limits, progress)
-    missing = [s for s in store.planned if s not in store.committed]
     timing = Timing()
-    if missing:
-        check_disk(store, bytes_needed(store, missing))
-        worker = Worker(
-            store,
-            loaded,
-            budget=n_bytes,
-            on_nan=on_nan,
-            on_overflow=on_overflow,
-            progress=progress,
-            compact_every=_COMPACT_EVERY,
-        )
-        worker.run(missing)
-        timing = worker.timing
-    store.refresh()
-    compact(store, progress=progress)
+    try:
+        make_plan(store, loaded, documents, settings.limits, progress)
+        if not store.planned:
+            raise CorpusError("the corpus holds no token; give one with text in it.")
+        while missing := sorted(set(store.planned) - set(store.committed)):
+            before = len(store.committed)
+            check_disk(store, bytes_needed(store, missing))
+            worker = Worker(
+                store,
+                loaded,
+                budget=n_bytes,
+                on_nan=on_nan,
+                on_overflow=on_overflow,
+                progress=progress,
+                compact_every=_COMPACT_EVERY,
+            )
+            worker.run(missing)
+            timing = worker.timing
+            store.refresh()
+            if len(store.committed) == before:
+                # Other processes have all that is left; if one dies, its segment is taken up here.
+                store.wait_for_segment(missing[0])
+        compact(store, progress=progress)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnoughDisk(
+                f"the disk of {store.path} is full: {store.free_bytes():,} bytes are free. What is "
+                "committed stands; free some and run the same capture again."
+            ) from error
+        raise
     return store, timing
 
 

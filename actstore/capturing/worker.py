@@ -27,17 +27,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actstore.capturing.compact import compact
+from actstore.capturing.compact import compact, needs_compaction
 from actstore.capturing.lists import TOPK, RunningLists, pack
 from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreBusy
 from actstore.folds.cpu import BandFolds, SiteFolds
 from actstore.models import LanguageModel
 from actstore.site import Site
-from actstore.store import FIRST, SPECIAL, CoreStore, SegmentWriter, SiteCounts, SiteInfo
+from actstore.store import FIRST, SPECIAL, CoreStore, SegmentWriter, SiteCounts, SiteInfo, StoreMeta
 from actstore.store.budget import Progress
 
 OnFault = Literal["error", "count"]
 
+# Per place of a list: candidates of two segments under way, and the running lists of both sides.
+_LIST_BYTES = 2 * 40
 _TORCH = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -150,6 +152,34 @@ class _SegmentWork:
     leave: ExitStack
     open_bands: dict[int, _Band] = field(default_factory=dict)
     filled: int = 0
+    abandoned: bool = False
+
+
+def list_bytes(meta: StoreMeta) -> int:
+    """Return the bytes the top-k lists of all sites take during a capture."""
+    return sum(info.width for info in meta.sites) * TOPK.k * _LIST_BYTES
+
+
+def affordable_bands(meta: StoreMeta, budget: int) -> int:
+    """Return how many bands a capture may hold within a budget.
+
+    Raises
+    ------
+    BudgetExceeded
+        If not even the fewest bands fit.
+    """
+    band_bytes = meta.chunk_rows * meta.row_bytes
+    # A batch may begin in one band and end in another; one more may be on its way to disk.
+    fewest = -(-meta.batch_tokens // meta.chunk_rows) + 2
+    lists = list_bytes(meta)
+    if fewest * band_bytes + lists > budget:
+        raise BudgetExceeded(
+            f"capturing {len(meta.sites)} sites needs {(fewest * band_bytes + lists) / 1e6:,.0f} "
+            f"MB ({fewest} bands of {meta.chunk_rows} rows, {band_bytes / 1e6:,.0f} MB each, and "
+            f"the top-k lists); the budget is {budget / 1e6:,.0f} MB. Give a larger budget= "
+            "(--budget), a smaller batch_tokens= (--batch-tokens), or fewer sites= (--sites)."
+        )
+    return int(min(fewest + 2, (budget - lists) // band_bytes))
 
 
 class Worker:
@@ -168,7 +198,7 @@ class Worker:
     progress : callable, optional
         Told the rows committed or under way.
     compact_every : int
-        Compact the index after so many commits.
+        Compact the index when so many commits are not in it.
 
     Raises
     ------
@@ -190,12 +220,11 @@ class Worker:
         self._store = store
         self._model = model
         self._compact_every = compact_every
-        self._n_commits = 0
         self._on_nan = on_nan
         self._on_overflow = on_overflow
         self._progress = progress
         self.timing = Timing()
-        self.n_bands = self._affordable_bands(budget)
+        self.n_bands = affordable_bands(store.meta, budget)
         self._pool: queue.Queue[_Band] = queue.Queue()
         for _ in range(self.n_bands):
             self._pool.put(_Band(store))
@@ -206,21 +235,6 @@ class Worker:
         self._rows_done = self._rows_planned = 0
         self._lists = RunningLists(store)
         self._lists_lock = threading.Lock()
-
-    def _affordable_bands(self, budget: int) -> int:
-        meta = self._store.meta
-        band_bytes = meta.chunk_rows * meta.row_bytes
-        # A batch may begin in one band and end in another; one more may be on its way to disk.
-        fewest = -(-meta.batch_tokens // meta.chunk_rows) + 2
-        lists = sum(info.width for info in meta.sites) * TOPK.k * 2 * 40
-        if fewest * band_bytes + lists > budget:
-            raise BudgetExceeded(
-                f"capture into {self._store.path} needs {(fewest * band_bytes + lists) / 1e6:,.0f} "
-                f"MB ({fewest} bands of {meta.chunk_rows} rows, {band_bytes / 1e6:,.0f} MB each, "
-                f"and the top-k lists), the budget is {budget / 1e6:,.0f} MB. Give a larger "
-                "budget= (--budget), or fewer sites."
-            )
-        return int(min(fewest + 2, (budget - lists) // band_bytes))
 
     def run(self, segments: Iterable[int]) -> int:
         """Capture the segments that are not committed, in ascending order; return their rows.
@@ -240,8 +254,10 @@ class Worker:
             for segment in sorted(segments):
                 self._check_writer()
                 rows += self._capture(segment)
-        except BaseException as error:
-            self._failure = self._failure or error  # the writer drops what is still queued
+        except BaseException:
+            # What is whole is still committed; the segment that failed is not.
+            for work in self._under_way:
+                work.abandoned = work.filled < work.rows or bool(work.open_bands)
             raise
         finally:
             self._tasks.put(None)
@@ -396,10 +412,12 @@ class Worker:
             work, band = task
             started = time.perf_counter()
             try:
-                if self._failure is None and band is not None:
+                if self._failure is not None or work.abandoned:
+                    pass
+                elif band is not None:
                     for info in self._store.meta.sites:
                         work.writer.write_band(info, band.array(info.site))
-                elif self._failure is None:
+                else:
                     self._commit(work)
             except BaseException as error:
                 self._failure = error
@@ -423,8 +441,7 @@ class Worker:
             self._store.refresh_commits()
         self._under_way.remove(work)
         work.leave.close()
-        self._n_commits += 1
-        if self._n_commits % self._compact_every == 0:
+        if needs_compaction(self._store, self._compact_every):
             compact(self._store, only_prefix=True)
 
 

@@ -149,7 +149,7 @@ class _Snapshot:
     committed: tuple[int, ...]
     n_parts: int
     generation: int | None
-    results: tuple[tuple[str, str], ...]
+    results: tuple[tuple[str, str, str], ...]
     index: Generation | None = field(compare=False)
     found: tuple[Result, ...] = field(compare=False)
 
@@ -161,7 +161,7 @@ class _Snapshot:
             tuple(store.committed),
             len(store.parts),
             index.number if index else None,
-            tuple((result.kind, result.name) for result in found),
+            tuple((r.kind, r.name, str(r.document["created"])) for r in found),
             index,
             found,
         )

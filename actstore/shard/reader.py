@@ -13,7 +13,7 @@ from actstore.errors import ArgumentError, DamagedFile, NeuronNotFound
 from actstore.shard.checksum import CHECKSUM_BYTES, encoded, extend
 from actstore.shard.layout import ShardLayout, bits_of, check_dtype, column_slices, index_of
 
-_RESTORE = "Restore the file from a copy, or capture its segment again."
+_RESTORE = "Restore it from a copy, or capture into a new store."
 
 
 class ShardReader:

@@ -28,6 +28,7 @@ import pyarrow as pa
 from actstore import durable
 from actstore.durable import FileFacts, Verifier
 from actstore.errors import (
+    ArgumentError,
     DamagedFile,
     FormatError,
     ResultNotFound,
@@ -46,6 +47,7 @@ from actstore.store.segment_writer import SegmentWriter
 from actstore.store.tables import TOKENS, VOCABULARY, DocumentTables, TokenTables
 
 _OPEN_SHARDS = 256
+_GROUP: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
 def is_vacant(folder: Path) -> bool:
@@ -104,8 +106,8 @@ class CoreStore:
         self.documents_tables = DocumentTables(self.verifier, str(self.path))
         self._infos = {info.site: info for info in self.meta.sites}
         self._layouts: dict[Site, ShardLayout] = {}
-        self._shards: OrderedDict[tuple[str, int], _OpenShard] = OrderedDict()
-        self._verified: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+        self._shards: OrderedDict[tuple[str, int, FileFacts], _OpenShard] = OrderedDict()
+        self._verified: dict[tuple[str, int, FileFacts], npt.NDArray[np.bool_]] = {}
         self._commits: dict[int, Commit] = {}
         self._lock = threading.Lock()  # scans read ahead in a thread of their own
         self.refresh()
@@ -193,11 +195,14 @@ class CoreStore:
                 info.width, self.meta.segment_rows, info.dtype, self.meta.chunk_rows
             )
             attributes = {"site": str(info.site), "module": info.module, "side": info.side}
-            path = self.path / info.path / "zarr.json"
-            data = durable.to_json(layout.zarr_metadata(n_segments, attributes))
-            if not path.exists() or path.read_bytes() != data:
-                durable.make_folder(path.parent)
-                durable.replace(path, data)
+            documents = {self.path / info.path: layout.zarr_metadata(n_segments, attributes)}
+            for parent in Path(info.path).parents[:-1]:  # Zarr readers walk down by groups
+                documents[self.path / parent] = _GROUP
+            for folder, document in documents.items():
+                path, data = folder / "zarr.json", durable.to_json(document)
+                if not path.exists() or path.read_bytes() != data:
+                    durable.make_folder(folder)
+                    durable.replace(path, data)
 
     @property
     def has_vocabulary(self) -> bool:
@@ -259,6 +264,12 @@ class CoreStore:
         """Return how many rows are committed."""
         space = self.meta.spaces[0] if space is None else space
         return sum(self.committed_rows(space).values())
+
+    def wait_for_segment(self, segment: int) -> None:
+        """Return when no process holds the lock of a segment any more."""
+        path = self.path / "work" / f"segment-{segment:08d}.lock"
+        with durable.lock(path, f"segment {segment} of {self.path}", wait=True):
+            self.refresh_commits()
 
     def write_segment(self, segment: int) -> SegmentWriter:
         """Return a writer that holds the segment's lock; see `SegmentWriter`."""
@@ -326,7 +337,7 @@ class CoreStore:
             )
 
     def _shard(self, path: str, segment: int, layout: ShardLayout, facts: FileFacts) -> _OpenShard:
-        key = (path, segment)
+        key = (path, segment, facts)  # a result may be deleted and computed again
         with self._lock:
             if key in self._shards:
                 self._shards.move_to_end(key)
@@ -426,6 +437,8 @@ class CoreStore:
 
         def masks() -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
             for segment, n_rows in self.committed_rows(space).items():
+                if rule not in ("content", "all"):
+                    raise ArgumentError(f"rows = {rule!r} is not 'content' or 'all'.")
                 if rule == "all":
                     yield segment, np.ones(n_rows, dtype=np.bool_)
                 else:

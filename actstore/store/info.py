@@ -94,9 +94,8 @@ class Info:
         if self.n_overflow or self.n_nan:
             lines.append(("warning", f"{self.n_overflow:,} values saturated, {self.n_nan:,} NaN"))
         if self.indexed < self.n_segments:
-            lines.append(
-                ("index", f"covers {self.indexed} of {self.n_segments} segments: actstore finish")
-            )
+            found = f"covers {self.indexed} of {self.n_segments} segments"
+            lines.append(("index", f"{found}: actstore finish {self.path}"))
         lines.append(("results", ", ".join(self.results) or "none yet"))
         return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -220,6 +220,21 @@ class SiteCounts:
     """The first of them as (row_id, neuron)."""
 
 
+def ranges(segments: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Return segments as ranges (first, last).
+
+    >>> ranges([0, 1, 2, 7])
+    ((0, 2), (7, 7))
+    """
+    found: list[tuple[int, int]] = []
+    for segment in sorted(segments):
+        if found and segment == found[-1][1] + 1:
+            found[-1] = (found[-1][0], segment)
+        else:
+            found.append((segment, segment))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Commit:
     """The fact that a segment is stored: its rows, files and counts."""
@@ -232,8 +247,9 @@ class Commit:
     """Bytes and crc32c of its shards and partials, by path inside the store."""
     counts: Mapping[str, SiteCounts]
     """Sites with NaN or overflow."""
-    relied_on: tuple[int, ...]
-    """Segments whose committed top-k lists served as thresholds for this one's."""
+    relied_on: tuple[tuple[int, int], ...]
+    """Segments whose committed top-k lists served as thresholds for this one's, as ranges (first,
+    last): most rely on all before them."""
     writer: Mapping[str, Any]
     """Host, process and time."""
 
@@ -244,7 +260,7 @@ class Commit:
             "rows": dict(self.rows),
             "files": {name: facts.to_json() for name, facts in self.files.items()},
             "counts": {name: asdict(counts) for name, counts in self.counts.items()},
-            "relied_on": list(self.relied_on),
+            "relied_on": [list(pair) for pair in self.relied_on],
             "writer": dict(self.writer),
         }
 
@@ -263,6 +279,6 @@ class Commit:
                 )
                 for name, entry in document["counts"].items()
             },
-            tuple(int(segment) for segment in document["relied_on"]),
+            tuple((int(first), int(last)) for first, last in document["relied_on"]),
             document["writer"],
         )

@@ -6,9 +6,12 @@ A result is a folder of Zarr arrays and Parquet tables that takes its name in on
 
 from __future__ import annotations
 
+import errno
+import itertools
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +25,7 @@ import pyarrow.parquet as pq
 
 from actstore import durable
 from actstore.durable import FileFacts, Verifier
-from actstore.errors import ArgumentError, DamagedFile, ResultExists
+from actstore.errors import ArgumentError, DamagedFile, ResultExists, StoreBusy
 from actstore.shard import ShardLayout, ShardReader, ShardWriter, to_band
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -44,11 +47,7 @@ class ResultWriter:
     ) -> None:
         folder = root / "results" / kind
         if name is None:
-            taken = {path.name.lstrip(".") for path in folder.glob("*")}
-            number = 1
-            while f"{kind}-{number}" in taken:
-                number += 1
-            name = f"{kind}-{number}"
+            name = _free_name(root, kind)
         if not _NAME.fullmatch(name):
             raise ArgumentError(
                 f"name = {name!r} cannot name a result; expected letters, digits, '-' and '_'."
@@ -62,9 +61,7 @@ class ResultWriter:
                 f"Choose another name, or delete {self._final}."
             )
         self._folder = folder / f".{name}"
-        self._lock = durable.lock(
-            root / "work" / f"result-{kind}-{name}.lock", f"{kind} result {name!r} of {root}"
-        )
+        self._lock = _lock(root, kind, name)
         self._provenance = dict(provenance)
         self._files: dict[str, FileFacts] = {}
 
@@ -129,11 +126,29 @@ class ResultWriter:
         try:
             self._folder.rename(self._final)
         except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
             raise ResultExists(
                 f"{self.kind} result {self.name!r} exists in {self._root}. Choose another name."
             ) from error
         durable.sync_folder(self._final.parent)
         return Result(self._root, self.kind, self.name)
+
+
+def _free_name(root: Path, kind: str) -> str:
+    """Return the first ``<kind>-<number>`` that names no result and that nobody is writing."""
+    for number in itertools.count(1):
+        name = f"{kind}-{number}"
+        if not (root / "results" / kind / name).exists():
+            with suppress(StoreBusy), _lock(root, kind, name):
+                return name
+    raise AssertionError
+
+
+def _lock(root: Path, kind: str, name: str) -> AbstractContextManager[None]:
+    return durable.lock(
+        root / "work" / f"result-{kind}-{name}.lock", f"{kind} result {name!r} of {root}"
+    )
 
 
 class RowsArray:

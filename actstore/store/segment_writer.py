@@ -21,7 +21,7 @@ from actstore import durable
 from actstore.durable import FileFacts
 from actstore.errors import StoreMismatch
 from actstore.shard import ShardWriter
-from actstore.store.meta import Commit, Segment, SiteCounts, SiteInfo
+from actstore.store.meta import Commit, Segment, SiteCounts, SiteInfo, ranges
 
 if TYPE_CHECKING:
     from actstore.store.core import CoreStore
@@ -105,7 +105,7 @@ class SegmentWriter:
             self.segment.rows,
             self._files,
             counts,
-            tuple(sorted(relied_on)),
+            ranges(relied_on),
             {
                 "host": platform.node(),
                 "process": os.getpid(),

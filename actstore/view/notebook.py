@@ -14,6 +14,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+from actstore import durable
 from actstore.errors import ActstoreError, ArgumentError
 
 
@@ -100,7 +101,7 @@ def to_notebook(
                 f"{target} was not written, since its kernel died or a cell took longer than "
                 f"timeout = {timeout} seconds: {error}"
             ) from error
-    target.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    durable.replace(target, (nbformat.writes(notebook) + "\n").encode("utf-8"))
     return target
 
 

@@ -25,6 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from actstore import durable
 from actstore.errors import ArgumentError
 from actstore.query import visible
 
@@ -167,5 +168,5 @@ class View:
                 f"path = {str(target)!r} {found}; expected the name of a file in a folder that "
                 "exists, such as 'factors.html'."
             )
-        target.write_bytes(self.page().encode("utf-8"))
+        durable.replace(target, self.page().encode("utf-8"))
         return target

@@ -315,7 +315,8 @@ def test_batch_sizes_agree_to_rounding(toy_gpt2: LanguageModel, tmp_path: Path) 
 def test_layer_eleven_is_layer_eleven(tmp_path: Path) -> None:
     """Layers sort and are stored as integers: 2 comes before 10, and 11 holds what 11 computed."""
     module, tokenizer = toy_model("gpt2", n_layers=12, hidden=16, ffn=32)
-    found = capture(load(module, tokenizer), [TEXT[:99]], tmp_path / "store", sites="mlp_post")
+    model, path = load(module, tokenizer), tmp_path / "store"
+    found = capture(model, [TEXT[:99]], path, sites="mlp_post", context=48)
     names = [str(site) for site in found.store.sites]
     assert names == [f"mlp_post.{i}" for i in range(12)]
     ids = found.store["mlp_post.11"].row_ids()

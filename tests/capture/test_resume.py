@@ -19,7 +19,14 @@ from actstore.capturing import compact
 from actstore.capturing.worker import Worker
 from actstore.errors import DamagedFile, StoreBusy
 from actstore.store import CoreStore, generations
-from tests.captured import Captured, brute_lists, indexed_lists, small_segments, stored_bytes
+from tests.captured import (
+    Captured,
+    brute_lists,
+    content,
+    indexed_lists,
+    small_segments,
+    stored_bytes,
+)
 
 Run = Callable[..., object]
 ROOT = Path(__file__).parents[2]
@@ -188,9 +195,29 @@ def test_a_generation_with_a_gap_is_not_built_upon(
 
 
 def test_thresholds_come_from_committed_segments_below(
-    toy_capture: Callable[..., Captured],
+    toy_capture: Callable[..., Captured], tmp_path: Path
 ) -> None:
-    """Every commit names what it relied on, all of it committed before and below."""
+    """Segments above, though committed before, leave no mark: an index of those below is exact."""
+    whole = toy_capture(name="whole")
+    path = tmp_path / "store"
+    shutil.copytree(whole.store.path, path)
+    for folder in ("commits", "partials", "index"):
+        shutil.rmtree(path / folder)
+    store = CoreStore(path)
+    above = [s for s in store.planned if s > 3]
+    worker = Worker(store, whole.model, budget=1 << 30)
+    for segments in (above, [0, 1, 2]):
+        worker.run(segments)
+    rows, _ = content(store, "mlp_post.0", above)
+    assert len(rows) > 100, "enough to fill the lists, or there is no threshold"
+    assert compact(store, only_prefix=True).covers == (0, 1, 2)
+    for site in store.sites:
+        exact = brute_lists(store, str(site), [0, 1, 2])
+        assert indexed_lists(store, str(site)) == exact, site
+
+
+def test_commits_name_what_they_relied_on(toy_capture: Callable[..., Captured]) -> None:
+    """Every commit names the segments behind its thresholds, all committed before and below."""
     store = toy_capture().store
     commits = [store.commit_of(segment) for segment in store.committed]
     assert any(commit.relied_on for commit in commits)
