@@ -421,7 +421,7 @@ def test_damage_names_file_and_chunk_and_spares_the_rest(open_reader):
             f"chunk (2, 1) of acts/c/5/0 is damaged: its crc32c is "
             f"{google_crc32c.value(bytes(chunk)):08x}, the file says "
             f"{int.from_bytes(stored, 'little'):08x}. "
-            "Restore the file from a copy, or capture its segment again."
+            "Restore it from a copy, or capture into a new store."
         )
 
 
@@ -433,7 +433,7 @@ def test_every_truncation_raises(open_reader):
             open_reader(file[:length], SMALL, n_bytes=len(file))
         assert str(error.value) == (
             f"acts/c/5/0 has {length} bytes; expected {len(file)}. "
-            "Restore the file from a copy, or capture its segment again."
+            "Restore it from a copy, or capture into a new store."
         )
 
 
@@ -443,7 +443,7 @@ def test_a_size_that_no_shard_has_raises(open_reader):
         open_reader(bytes(150), SMALL)
     assert str(error.value) == (
         "acts/c/5/0 has 150 bytes; expected 132 and up to 4 times 32. "
-        "Restore the file from a copy, or capture its segment again."
+        "Restore it from a copy, or capture into a new store."
     )
 
 
@@ -470,7 +470,7 @@ def test_a_damaged_index_raises(open_reader):
         open_reader(bytes(file), SMALL)
     assert str(error.value) == (
         "the index of acts/c/5/0 is damaged: its crc32c does not match. "
-        "Restore the file from a copy, or capture its segment again."
+        "Restore it from a copy, or capture into a new store."
     )
 
 
@@ -506,7 +506,7 @@ def test_an_exchanged_shard_is_found_by_its_checksums_alone(open_reader):
     assert str(error.value) == (
         "acts/c/5/0 is not the file that was recorded: the crc32c of its chunks' checksums is "
         f"{other_facts.checksums_crc32c:08x}, expected {expected:08x}. "
-        "Restore the file from a copy, or capture its segment again."
+        "Restore it from a copy, or capture into a new store."
     )
 
 

@@ -72,7 +72,7 @@ def test_what_is_no_site_is_refused(text: str) -> None:
         ("mlp_post.1", "mlp_post.1"),
         ("mlp_post.2-4", "mlp_post.2–4"),
         ("mlp_post.2–4", "mlp_post.2–4"),
-        ("mlp_post.10-30", "mlp_post.10–11"),
+        ("mlp_post.10-11", "mlp_post.10–11"),
         ("embed, mlp_post.3, mlp_post.1", "resid_pre.0, mlp_post.1, mlp_post.3"),
         (["mlp_post.3", Site("resid_post", 0), "mlp_post.2-3"], "mlp_post.2–3, resid_post.0"),
         (Site("resid_post", 7), "resid_post.7"),
@@ -99,6 +99,7 @@ def test_spaces_are_told_apart() -> None:
         ("mlp_post.12", r"'mlp_post.12' is not in gpt2; .*mlp_post.0–11.* Did you mean 'mlp_post"),
         ("mlp_pots.5", r"Did you mean 'mlp_post.5'\?"),
         ("mlp_post.5-3", "is not in gpt2"),
+        ("mlp_post.10-30", "'mlp_post.10-30' is not in gpt2; it has .*mlp_post.0–11"),
         ("encoder.mlp_post.5", "is not in gpt2"),
         ("attention", r"it has resid_pre.0–11, mlp_post.0–11, resid_post.0–11\.$"),
         ([], "no site was named"),
@@ -123,3 +124,10 @@ def _covers(part: str, site: Site) -> bool:
     family, _, layers = part.rpartition(".")
     first, _, last = layers.partition("–")
     return family == site.family and int(first) <= site.layer <= int(last or first)
+
+
+def test_a_hidden_state_under_another_name_is_pointed_to() -> None:
+    """Where resid_pre.i was not kept, resid_post.(i-1) holds the same values."""
+    kept = [Site("resid_pre", 0), Site("resid_post", 0), Site("resid_post", 1)]
+    with pytest.raises(SiteNotFound, match=r"The same values are stored as 'resid_post\.0'"):
+        select("hidden_states[1]", kept, "gpt2")

@@ -100,17 +100,16 @@ def open_corpus(
 
 
 def _is_file(item: Any) -> bool:
-    """Return whether an item of a list is a path; a short string may be the name of a file."""
-    if isinstance(item, Path):
-        return True
-    return isinstance(item, str) and len(item) < 1024 and "\n" not in item and Path(item).is_file()
+    """Return whether an item of a list is a path; a string may be the name of a file."""
+    # Unlike Path.is_file, this is False too for a text that is too long for a name.
+    return isinstance(item, Path) or (isinstance(item, str) and os.path.isfile(item))
 
 
 def _find_files(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         found = [path]
-    elif path.is_dir():
+    elif os.path.isdir(path):
         found = sorted(path.rglob("*"))
         found = [p for p in found if p.is_file() and p.name.lower().endswith(SUFFIXES)]
         if not found:
@@ -119,8 +118,9 @@ def _find_files(pattern: str) -> list[Path]:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         found = [p for p in found if p.is_file()]
         if not found:
+            start = pattern if len(pattern) <= 60 else pattern[:59] + "…"
             raise CorpusError(
-                f"corpus = {pattern!r} matches no file (looked from {os.getcwd()}). "
+                f"corpus = {start!r} matches no file (looked from {os.getcwd()}). "
                 "Did you mean text=…? A corpus is a path or a glob; text= takes the text itself."
             )
     for name in found:

@@ -214,8 +214,17 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
 def check_same_capture(store: CoreStore, model: LanguageModel, settings: Settings) -> None:
     """Raise `StoreMismatch` if the store was made from another model, or with other settings."""
     meta = store.meta
+
+    def named(name: str, architecture: str, weights: str) -> str:
+        return f"{name} ({architecture}, weights {weights[:12]}…)"
+
+    facts = meta.model
     pairs: list[tuple[str, Any, Any]] = [
-        ("weights of the model", meta.model["weights"], model.weights_fingerprint),
+        (
+            "model",
+            named(facts["name"], facts["architecture"], facts["weights"]),
+            named(model.name, model.architecture, model.weights_fingerprint),
+        ),
         ("tokenizer", meta.tokenizer, model.tokenizer_fingerprint),
     ]
     if settings.sites is not None:
@@ -229,10 +238,8 @@ def check_same_capture(store: CoreStore, model: LanguageModel, settings: Setting
     for what, old, new in pairs:
         if old != new:
             raise StoreMismatch(
-                f"{store.path} was captured from {meta.model['name']} "
-                f"({meta.model['architecture']}), now it would be {model.name} "
-                f"({model.architecture}) with another {what}: it has {old}, now {new}. Give what "
-                "it was made with, or name a new store."
+                f"{store.path} was captured from {meta.model['name']} with another {what}: it has "
+                f"{old}, now it would be {new}. Give what it was made with, or name a new store."
             )
 
 

@@ -46,8 +46,8 @@ def test_every_kind_of_file_gives_its_documents(folder: Path) -> None:
         Document("b.jsonl:1", "three", {"year": 1946}),
         Document("b.jsonl:3", ""),
         Document("here", "vier – 四"),
-        Document("d.parquet:0", "five", {"label": 1}),
-        Document("d.parquet:1", "six", {"label": 2}),
+        Document("deep/d.parquet:0", "five", {"label": 1}),
+        Document("deep/d.parquet:1", "six", {"label": 2}),
     ]
 
 

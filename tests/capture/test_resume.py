@@ -222,7 +222,7 @@ def test_commits_name_what_they_relied_on(toy_capture: Callable[..., Captured]) 
     commits = [store.commit_of(segment) for segment in store.committed]
     assert any(commit.relied_on for commit in commits)
     for commit in commits:
-        assert all(segment < commit.segment for segment in commit.relied_on)
+        assert all(first <= last < commit.segment for first, last in commit.relied_on)
 
 
 def test_an_index_over_a_missing_commit_is_refused(toy_capture: Callable[..., Captured]) -> None:

@@ -66,8 +66,9 @@ def everything(path: Path) -> dict[str, Any]:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the files of a store that hold anything, locks left out."""
-    return sorted(p for p in path.rglob("*") if p.is_file() and "work" not in p.parts)
+    """Return the files of a store that actstore reads: neither locks, nor groups for Zarr."""
+    found = (p for p in path.rglob("*") if p.is_file() and "work" not in p.parts)
+    return sorted(p for p in found if p.parent == path or b'"group"' not in p.read_bytes()[:100])
 
 
 def kind(path: Path, root: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import tensorstore
 import zarr
 
 import actstore.bfloat16  # noqa: F401 - teaches zarr-python the data type
+from actstore.errors import CorpusError
 from actstore.store import CoreStore
 from tests.captured import Captured
 
@@ -61,9 +63,13 @@ def test_tensorstore_reads_every_array(store: CoreStore) -> None:
         assert np.array_equal(bits(whole[ids]), values)
 
 
-def test_a_store_without_rows_is_still_zarr(toy_capture: Callable[..., Captured]) -> None:
+def test_a_store_without_rows_is_still_zarr(
+    toy_capture: Callable[..., Captured], tmp_path: Path
+) -> None:
     """A corpus of empty documents makes arrays of no rows."""
-    store = toy_capture(["", "  "]).store
+    with pytest.raises(CorpusError, match="the corpus holds no token; give one with text in it"):
+        toy_capture(["", "  "])
+    store = CoreStore(tmp_path / "store")
     assert store.n_rows() == 0
     assert store.n_documents == 2
     assert store.index() is None
