@@ -134,7 +134,7 @@ def run_estimate(
         site_bytes,
         sum(sizes) / rate,
         "disk" if waited > 0.2 else "compute",
-        bands * meta.chunk_rows * meta.row_bytes + list_bytes(meta),
+        bands * meta.chunk_rows * meta.row_bytes + list_bytes(meta.sites),
         shutil.disk_usage(folder).free,
     )
 

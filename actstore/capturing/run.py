@@ -24,7 +24,7 @@ import torch
 from actstore.capturing.compact import compact
 from actstore.capturing.corpus import Corpus, open_corpus
 from actstore.capturing.plan import Limits, encode_documents, make_plan
-from actstore.capturing.worker import OnFault, Timing, Worker, affordable_bands
+from actstore.capturing.worker import OnFault, Timing, Worker, affordable_bands, list_bytes
 from actstore.errors import ArgumentError, CorpusError, NotEnoughDisk, StoreMismatch, StoreNotFound
 from actstore.models import LanguageModel, load
 from actstore.shard import ShardLayout
@@ -43,7 +43,6 @@ DTYPES = ("auto", "float16", "float32", "bfloat16")
 _PROBE_TOKENS = 1024
 _FLOAT16_SAFE = 1000.0
 _DEFAULT_CONTEXT = 512
-_DEFAULT_BATCH_TOKENS = 4096
 _COMPACT_EVERY = 64
 _LIST_BYTES = 10_000
 
@@ -61,7 +60,7 @@ class Settings:
     overlap: int | None = None
     """Leading tokens of later windows that are context only; default 0."""
     batch_tokens: int | None = None
-    """Tokens of one forward pass, padding counted; default 4,096."""
+    """Tokens of one forward pass, padding counted; default 4,096, less where memory is short."""
     limits: Limits = field(default_factory=Limits)
     """How much of the corpus is wanted."""
 
@@ -79,7 +78,7 @@ def segment_rows(row_bytes: int, budget: int, context: int) -> int:
     return max(size, _pow2_up(8 * context))
 
 
-def chunk_rows(rows: int, row_bytes: int, budget: int, text_bytes: int | None) -> int:
+def chunk_rows(rows: int, affordable_rows: int, text_bytes: int | None) -> int:
     """Return the rows of a chunk: 4,096, less where bands would not fit or texts are short.
 
     A text has at most as many tokens as bytes, and a chunk is written whole: one prompt should not
@@ -88,9 +87,17 @@ def chunk_rows(rows: int, row_bytes: int, budget: int, text_bytes: int | None) -
     size = min(4_096, rows)
     if text_bytes is not None:
         size = min(size, max(64, _pow2_up(text_bytes + text_bytes // 8 + 64)))
-    while size > 64 and 6 * size * row_bytes > budget // 2:
+    while size > 64 and 4 * size > affordable_rows:
         size //= 2
     return size
+
+
+def batch_rows(chunk: int, affordable_rows: int, context: int) -> int:
+    """Return the tokens of a batch: 4,096, less where they and two bands would not fit."""
+    size = 4_096
+    while size > context and size + 2 * chunk > affordable_rows:
+        size //= 2
+    return max(size, context)
 
 
 def choose_dtypes(
@@ -151,8 +158,6 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
     context, overlap, batch_tokens = settings.context, settings.overlap or 0, settings.batch_tokens
     if context is None:
         context = min(_DEFAULT_CONTEXT, model.context_limit)
-    if batch_tokens is None:
-        batch_tokens = max(_DEFAULT_BATCH_TOKENS, context)
     n_special = len(model.prefix_ids) + len(model.suffix_ids)
     if not n_special < context <= model.context_limit:
         raise ArgumentError(
@@ -165,7 +170,7 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
             f"overlap = {overlap} must be at least 0 and less than the {context - n_special} "
             "tokens of text in a window."
         )
-    if batch_tokens < context:
+    if batch_tokens is not None and batch_tokens < context:
         raise ArgumentError(
             f"batch_tokens = {batch_tokens} must hold a window of context = {context} tokens; give "
             "more batch_tokens= (--batch-tokens) or less context= (--context)."
@@ -185,6 +190,8 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
     )
     row_bytes = sum(info.row_bytes for info in infos)
     rows = segment_rows(row_bytes, budget, context)
+    affordable_rows = max(0, budget - list_bytes(infos)) // row_bytes
+    chunk = chunk_rows(rows, affordable_rows, corpus.text_bytes())
     return StoreMeta(
         store_id=uuid.uuid4().hex,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -198,11 +205,11 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
         },
         tokenizer=model.tokenizer_fingerprint,
         segment_rows=rows,
-        chunk_rows=chunk_rows(rows, row_bytes, budget, corpus.text_bytes()),
+        chunk_rows=chunk,
         keep="all",
         context=context,
         overlap=overlap,
-        batch_tokens=batch_tokens,
+        batch_tokens=batch_tokens or batch_rows(chunk, affordable_rows, context),
         versions={
             "python": platform.python_version(),
             **{name: version(name) for name in ("actstore", "torch", "transformers", "numpy")},

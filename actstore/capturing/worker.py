@@ -155,9 +155,9 @@ class _SegmentWork:
     abandoned: bool = False
 
 
-def list_bytes(meta: StoreMeta) -> int:
-    """Return the bytes the top-k lists of all sites take during a capture."""
-    return sum(info.width for info in meta.sites) * TOPK.k * _LIST_BYTES
+def list_bytes(infos: Iterable[SiteInfo]) -> int:
+    """Return the bytes the top-k lists of some sites take during a capture."""
+    return sum(info.width for info in infos) * TOPK.k * _LIST_BYTES
 
 
 def affordable_bands(meta: StoreMeta, budget: int) -> int:
@@ -171,7 +171,7 @@ def affordable_bands(meta: StoreMeta, budget: int) -> int:
     band_bytes = meta.chunk_rows * meta.row_bytes
     # A batch may begin in one band and end in another; one more may be on its way to disk.
     fewest = -(-meta.batch_tokens // meta.chunk_rows) + 2
-    lists = list_bytes(meta)
+    lists = list_bytes(meta.sites)
     if fewest * band_bytes + lists > budget:
         raise BudgetExceeded(
             f"capturing {len(meta.sites)} sites needs {(fewest * band_bytes + lists) / 1e6:,.0f} "

@@ -78,6 +78,9 @@ def test_a_corpus_that_matches_no_file(toy_bert: LanguageModel, tmp_path: Path) 
         "text=",
     )
     refused(CorpusError, "give either", lambda: run_capture(toy_bert))
+    # Too long for the name of a file, or no name at all: still a text, not a crash.
+    for text in (TEXT, "a\0b", "a\nb"):
+        refused(CorpusError, "matches no file", lambda text=text: run_capture(toy_bert, text))
     assert not (tmp_path / "store").exists()
 
 
@@ -217,7 +220,7 @@ def test_a_disk_that_fills_up_leaves_a_store_that_goes_on(
         return commit(writer, *rest)
 
     monkeypatch.setattr(SegmentWriter, "commit", full)
-    with pytest.raises(NotEnoughDisk, match="is full: .* run the same capture again"):
+    with pytest.raises(NotEnoughDisk, match=r"is full: .* run the same capture again"):
         toy_capture()
     path = whole.store.path.with_name("store")
     assert CoreStore(path).committed == (0, 1, 2)

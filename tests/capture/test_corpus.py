@@ -58,6 +58,8 @@ def test_paths_and_globs_choose_files(folder: Path) -> None:
     assert texts(open_corpus(f"{folder}/**/*.parquet")) == ["five", "six"]
     both = [folder / "deep/d.parquet", folder / "a.txt"]
     assert texts(open_corpus(both)) == ["five", "six", "one\r\ntwo\n"]
+    assert texts(open_corpus([str(path) for path in both])) == texts(open_corpus(both))
+    assert texts(open_corpus(["one", "x" * 5000])) == ["one", "x" * 5000]
 
 
 class Dataset:

@@ -9,17 +9,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actstore import durable
-from actstore.capturing import compact
+from actstore.capturing import Settings, compact, run_capture
 from actstore.capturing.worker import Worker
 from actstore.errors import DamagedFile, StoreBusy
+from actstore.models import load
 from actstore.store import CoreStore, generations
 from tests.captured import (
+    DOCUMENTS,
     Captured,
     brute_lists,
     content,
@@ -27,6 +30,7 @@ from tests.captured import (
     small_segments,
     stored_bytes,
 )
+from tests.toys import toy_model
 
 Run = Callable[..., object]
 ROOT = Path(__file__).parents[2]
@@ -289,3 +293,27 @@ def test_small_parts_and_one_part_plan_alike(
     assert [p.complete for p in parts.parts] == [False] * (len(parts.parts) - 1) + [True]
     assert parts.n_documents == whole.n_documents
     assert parts.n_rows() == whole.n_rows()
+
+
+def test_two_captures_at_once_share_the_work(
+    toy_capture: Callable[..., Captured], tmp_path: Path
+) -> None:
+    """Segments are captured by whoever is first; both return a whole store with the same bytes."""
+    whole = toy_capture(name="whole")
+    planned = tmp_path / "store"
+    shutil.copytree(whole.store.path, planned)
+    for folder in ("commits", "partials", "index"):
+        shutil.rmtree(planned / folder)
+    settings = Settings(context=24, batch_tokens=96)
+
+    def go(_: int) -> CoreStore:
+        # A model of its own: a forward is counted on the object.
+        model = load(*toy_model("bert"))
+        return run_capture(model, DOCUMENTS, planned, settings=settings)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(go, range(2)))
+    for store in stores:
+        assert store.committed == whole.store.committed
+    assert stored_bytes(CoreStore(planned)) == stored_bytes(whole.store)
+    assert_index_is_exact(CoreStore(planned))

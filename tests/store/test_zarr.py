@@ -76,3 +76,11 @@ def test_a_store_without_rows_is_still_zarr(
     array = zarr.open_group(store.path, mode="r")[store.meta.sites[0].path]
     assert array.shape == (0, store.meta.sites[0].width)
     assert store["mlp_post.0"][:].shape == (0, store.site("mlp_post.0").width)
+
+
+@pytest.mark.filterwarnings("ignore:Object at")  # Parquet beside the arrays
+def test_groups_lead_down_to_every_array(store: CoreStore) -> None:
+    """A reader that knows no paths finds the arrays by walking through the groups."""
+    group = zarr.open_group(store.path, mode="r")
+    found = {name for name, item in group.members(max_depth=None) if isinstance(item, zarr.Array)}
+    assert found == {info.path for info in store.meta.sites}
