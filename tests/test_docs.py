@@ -1,6 +1,9 @@
 """Every block of code in README and docs runs, and every file they name exists."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,18 @@ def test_every_command_is_in_the_readme():
 
     for name in set(main.commands) - {"finish"}:
         assert f"actstore {name}" in text or f"make {name}" in text, name
+
+
+def test_the_examples_run(model_folder, small_store, tmp_path):
+    """Each script in examples/ runs as its first lines say."""
+    copy = shutil.copytree(small_store.path, tmp_path / "store")
+    arguments = {
+        "one_prompt.py": [model_folder, "The keys to the cabinet are on the table"],
+        "layers_alike.py": [copy],
+    }
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(arguments)
+    for name, given in arguments.items():
+        command = [sys.executable, str(ROOT / "examples" / name), *map(str, given)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) >= 3

@@ -90,7 +90,7 @@ class Info:
             lines.append(
                 ("", f"{site.sites}: {site.width:,} x {site.dtype}, {site.module}"),
             )
-        lines.append(("size", f"{self.n_bytes / 1e9:,.2f} GB"))
+        lines.append(("size", _size(self.n_bytes)))
         if self.n_overflow or self.n_nan:
             lines.append(("warning", f"{self.n_overflow:,} values saturated, {self.n_nan:,} NaN"))
         if self.indexed < self.n_segments:
@@ -111,6 +111,14 @@ class Info:
             for label, text in self.lines()
         )
         return f"<table>{rows}</table>"
+
+
+def _size(n_bytes: int) -> str:
+    """Return bytes as people read them."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:,.2f} {unit}"
+    return f"{n_bytes:,} bytes"
 
 
 def info(store: CoreStore) -> Info:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from actstore import durable
 from actstore.capturing import Settings, compact, run_capture
 from actstore.capturing.worker import Worker
 from actstore.errors import DamagedFile, StoreBusy
-from actstore.models import load
+from actstore.models import LanguageModel, load
 from actstore.store import CoreStore, generations
 from tests.captured import (
     DOCUMENTS,
@@ -306,13 +307,15 @@ def test_two_captures_at_once_share_the_work(
         shutil.rmtree(planned / folder)
     settings = Settings(context=24, batch_tokens=96)
 
-    def go(_: int) -> CoreStore:
-        # A model of its own: a forward is counted on the object.
-        model = load(*toy_model("bert"))
-        return run_capture(model, DOCUMENTS, planned, settings=settings)[0]
+    def go(model: LanguageModel) -> CoreStore:
+        while True:
+            # The plan is looked at by one process at a time, for a moment.
+            with suppress(StoreBusy):
+                return run_capture(model, DOCUMENTS, planned, settings=settings)[0]
 
+    models = [load(*toy_model("bert")) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        stores = list(pool.map(go, range(2)))
+        stores = list(pool.map(go, models))
     for store in stores:
         assert store.committed == whole.store.committed
     assert stored_bytes(CoreStore(planned)) == stored_bytes(whole.store)

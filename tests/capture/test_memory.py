@@ -1,0 +1,49 @@
+"""Memory of a capture: bounded by the budget, and the same for any corpus."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_RUN = """
+import json, resource, sys
+from actstore.capturing import Limits, Settings, run_capture
+from actstore.models import load
+from tests.toys import TEXT, toy_model
+
+model = load(*toy_model("gpt2", n_layers=3, hidden=128, ffn=512), device="cpu")
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+class Corpus:
+    def __iter__(self):
+        for _ in range(int(sys.argv[2]) // 200):
+            yield {"text": TEXT * 8}
+settings = Settings(context=64, limits=Limits(int(sys.argv[2]), 256), batch_tokens=512)
+run_capture(model, text=TEXT)  # what libraries and compiled code take, once
+before = peak()
+store, _ = run_capture(model, Corpus(), sys.argv[1], settings=settings, budget="64MiB")
+print(json.dumps({"grown": peak() - before, "rows": store.n_rows(), "bytes": store.n_bytes()}))
+"""
+
+
+def measured(path: Path, rows: int) -> dict[str, int]:
+    """Return how far a capture of some rows, in a process of its own, raised its peak memory."""
+    command = [sys.executable, "-c", _RUN, str(path), str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_stays_in_the_budget_and_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """A store larger than the budget is captured within it; four times the rows take no more."""
+    few, many = measured(tmp_path / "few", 8_192), measured(tmp_path / "many", 32_768)
+
+    assert (few["rows"], many["rows"]) == (8_192, 32_768)
+    assert many["bytes"] > 2 * 64 * 2**20
+    assert many["grown"] <= 64 * 2**20
+    assert many["grown"] - few["grown"] <= 16 * 2**20
