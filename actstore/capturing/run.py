@@ -45,6 +45,7 @@ _FLOAT16_SAFE = 1000.0
 _DEFAULT_CONTEXT = 512
 _COMPACT_EVERY = 64
 _LIST_BYTES = 10_000
+_NO_TOKEN = "the corpus holds no token; give one with text in it."
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,8 @@ def open_or_create(
     if path is not None and (Path(path) / "zarr.json").exists():
         store = CoreStore(path)
     else:
+        if not any(document.text for document in corpus):
+            raise CorpusError(_NO_TOKEN)
         meta = new_meta(model, corpus, settings, budget)
         affordable_bands(meta, budget)  # refuse before there is a store
         if path is None:
@@ -322,7 +325,7 @@ def run_capture(
     try:
         make_plan(store, loaded, documents, settings.limits, progress)
         if not store.planned:
-            raise CorpusError("the corpus holds no token; give one with text in it.")
+            raise CorpusError(_NO_TOKEN)
         while missing := sorted(set(store.planned) - set(store.committed)):
             before = len(store.committed)
             check_disk(store, bytes_needed(store, missing))

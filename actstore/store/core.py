@@ -175,7 +175,7 @@ class CoreStore:
 
     def plan_lock(self) -> Any:
         """Hold the right to publish plan parts."""
-        return durable.lock(self.path / "work" / "plan.lock", f"the plan of {self.path}")
+        return durable.lock(self.path / "work" / "plan.lock", f"the plan of {self.path}", True)
 
     def publish_part(self, part: Part) -> None:
         """Publish a plan part whose Parquet files are written, and grow the arrays to hold it."""

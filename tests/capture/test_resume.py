@@ -256,8 +256,26 @@ def test_a_segment_another_process_writes_is_left_to_it(
         assert 1 not in CoreStore(store.path).committed
         with pytest.raises(StoreBusy, match=r"segment 1 of .* is being written by another proc"):
             store.write_segment(1).__enter__()
-    with store.plan_lock(), pytest.raises(StoreBusy, match=r"the plan of .* Wait for it, or end"):
-        toy_capture()
+
+
+@pytest.mark.parametrize("held", ["plan", "segment"])
+def test_a_capture_takes_up_what_another_process_gave_up(
+    held: str, toy_capture: Callable[..., Captured]
+) -> None:
+    """It waits for whoever plans or writes a segment, and does itself what is then not done."""
+    store = toy_capture().store
+    expected = stored_bytes(store)
+    (store.path / "commits/00000001.json").unlink()
+    other = CoreStore(store.path)
+    lock = other.plan_lock() if held == "plan" else other.write_segment(1)
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            going_on = pool.submit(toy_capture)
+            with pytest.raises(TimeoutError):
+                going_on.result(timeout=1)
+            assert 1 not in CoreStore(store.path).committed
+        finished = going_on.result(timeout=60).store
+    assert stored_bytes(finished) == expected
 
 
 def test_a_crash_before_the_store_exists_leaves_a_vacant_folder(
