@@ -16,7 +16,7 @@ import numpy.typing as npt
 from actstore.errors import ArgumentError
 from actstore.site import Site
 from actstore.store import CoreStore, Rows
-from actstore.store.budget import Progress, parse_budget
+from actstore.store.budget import Progress, as_count, parse_budget
 from actstore.store.info import Info, info
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ class Store(CoreStore):
         """
         from actstore.query import top
 
+        before, after = as_count("before", before, 0), as_count("after", after, 0)
+        k = as_count("k", k, 1, 2**62)
         return top(self, site, neuron, k, largest=largest, before=before, after=after)
 
     def nmf(
@@ -170,14 +172,14 @@ class Store(CoreStore):
         from actstore.decompose import nmf
         from actstore.view import Factors
 
-        extra = {} if passes is None else {"passes": passes}
+        extra = {} if passes is None else {"passes": as_count("passes", passes, 1)}
         result = nmf(
             self,
             sites,
-            n_components,
+            as_count("n_components", n_components, 1),
             scale=scale,
             rows=self._rows(rows),
-            seed=seed,
+            seed=as_count("seed", seed, 0),
             name=name,
             budget=parse_budget(budget),
             progress=progress,
@@ -224,7 +226,7 @@ class Store(CoreStore):
             measure=measure,
             tolerance=tolerance,
             rows=self._rows(rows),
-            seed=seed,
+            seed=as_count("seed", seed, 0),
             name=name,
             budget=parse_budget(budget),
             progress=progress,
@@ -247,12 +249,14 @@ class Store(CoreStore):
         """Return the rows of a rule: ``"content"``, ``"all"``, or an SQL condition on tokens."""
         if rule in ("content", "all"):
             return self.rows(rule)
-        found = self.sql(
-            # Of documents only what tokens do not have: `text` is then the token's.
-            "SELECT row_id FROM tokens "
-            "JOIN (SELECT document, source, n_tokens, metadata FROM documents) AS documents "
-            f"USING (document) WHERE NOT special AND NOT first AND ({rule})"
+        # Of documents only what tokens do not have: `text` is then the token's.
+        source = (
+            "FROM tokens JOIN (SELECT document, source, n_tokens, metadata FROM documents) "
+            "AS documents USING (document) WHERE "
         )
+        # Alone first: a condition that closes our bracket would choose other rows than it says.
+        self.sql(f"SELECT row_id {source} {rule}\nLIMIT 0")
+        found = self.sql(f"SELECT row_id {source} NOT special AND NOT first AND ({rule}\n)")
         ids = found.to_arrow().column("row_id").to_numpy()
         if not len(ids):
             raise ArgumentError(
@@ -485,6 +489,15 @@ def _settings(
 ) -> Any:
     from actstore.capturing import Limits, Settings
 
+    for name, value in (
+        ("context", context),
+        ("overlap", overlap),
+        ("batch_tokens", batch_tokens),
+        ("max_tokens", max_tokens),
+        ("max_document_tokens", max_document_tokens),
+    ):
+        if value is not None:
+            as_count(name, value, 0, 2**62)
     wanted = [sites] if isinstance(sites, (str, Site)) else sites
     return Settings(
         None if wanted is None else tuple(wanted),

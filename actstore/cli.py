@@ -7,6 +7,7 @@ error in one line; a traceback only with ``--debug``.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,31 @@ def example(text: str) -> str:
     return f"\b\nExample:\n  {text}"
 
 
+def _complain(error: Exception) -> None:
+    click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    click.echo(_shown(error), err=True)
+
+
+def _shown(anything: Any) -> str:
+    """Return text for the terminal: what came from a corpus or a store must not act there."""
+    from actstore.query import visible
+
+    return "\n".join(visible(line) for line in str(anything).split("\n"))
+
+
+def _jsonable(value: Any) -> Any:
+    """Return a value as JSON knows it: no NaN, no bytes."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    return value
+
+
 class _Commands(click.Group):
     """Shows known errors in one line, and commands in the order of use."""
 
@@ -36,8 +62,14 @@ class _Commands(click.Group):
         except ActstoreError as error:
             if ctx.params["debug"]:
                 raise
-            click.secho("error: ", fg="red", bold=True, err=True, nl=False)
-            click.echo(str(error), err=True)
+            _complain(error)
+            ctx.exit(1)
+        except BrokenPipeError:
+            ctx.exit(0)  # whoever read has read enough
+        except OSError as error:
+            if ctx.params["debug"]:
+                raise
+            _complain(error)
             ctx.exit(1)
         except KeyboardInterrupt:
             goes_on = ctx.invoked_subcommand in ("capture", "demo")
@@ -100,7 +132,7 @@ def echo(answer: Any, form: str | None) -> None:
         click.echo(str(answer))
     elif form == "json":
         for row in answer:
-            click.echo(json.dumps(row, ensure_ascii=False, default=str))
+            click.echo(json.dumps(_jsonable(row), ensure_ascii=False, default=str))
     else:
         click.echo(answer.df().to_csv(index=False), nl=False)
 
@@ -147,7 +179,7 @@ class Bars:
     def say(self, shown: Any) -> None:
         """Print something between bars."""
         self.pause()
-        click.echo(str(shown))
+        click.echo(_shown(shown))
 
 
 @main.command(epilog=example("actstore demo my-demo"))
@@ -202,7 +234,7 @@ def capture(
                 progress=progress,
                 **options,
             )
-    click.echo(str(found if dry_run else made.info()))
+    click.echo(_shown(found if dry_run else made.info()))
 
 
 @main.command(epilog=example("actstore sites ./my-model"))
@@ -234,7 +266,9 @@ def info(store: Path, form: str | None) -> None:
 
     found = actstore.open(store).info()
     form = form or ("table" if sys.stdout.isatty() else "json")
-    click.echo(str(found) if form == "table" else json.dumps(found.to_dict(), ensure_ascii=False))
+    click.echo(
+        _shown(found) if form == "table" else json.dumps(found.to_dict(), ensure_ascii=False)
+    )
 
 
 @main.command(epilog=example("actstore finish actstore-demo/store"))
@@ -246,7 +280,7 @@ def finish(store: Path) -> None:
     opened = actstore.open(store)
     with Bars() as progress:
         opened.finish(progress=progress)
-    click.echo(str(opened.info()))
+    click.echo(_shown(opened.info()))
 
 
 @main.command(

@@ -147,9 +147,10 @@ def run_demo(
         say(f"\n{title}\n  {query}")
         say(store.sql(query))
     page, notebook = home / "factors.html", home / "factors.ipynb"
-    if not page.exists():
+    made = (factors.result.path / "result.json").stat().st_mtime
+    if not page.exists() or page.stat().st_mtime < made:
         factors.to_html(page)
-    if not notebook.exists():
+    if not notebook.exists() or notebook.stat().st_mtime < made:
         factors.to_notebook(notebook)
     site = store.select("mlp_post")[-1].site
     # As it was called: make's environment is not on the PATH.

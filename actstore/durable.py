@@ -8,6 +8,7 @@ file against them before its first use in a process.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore.errors import DamagedFile, StoreBusy
+from actstore.errors import DamagedFile, NotWritable, StoreBusy
 from actstore.shard import crc32c_of_file
 
 ROW_GROUP_ROWS = 1 << 16
@@ -77,9 +78,21 @@ def make_folder(path: Path) -> None:
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(path, error) from error
     for made in reversed(missing):
         sync_folder(made.parent)
+
+
+def _not_writable(path: Path, error: OSError) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return NotWritable(
+        f"{path} cannot be written: {error.strerror}. Choose another place, or get the right to "
+        "write there."
+    )
 
 
 def sync_file(path: Path) -> None:
@@ -238,7 +251,10 @@ def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         If another process holds it and `wait` is False.
     """
     make_folder(path.parent)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _not_writable(path, error) from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -54,6 +54,10 @@ class DamagedFile(ActstoreError, OSError):
     """A file that is missing, of the wrong size, or whose checksum does not match."""
 
 
+class NotWritable(ActstoreError, PermissionError):
+    """A place where nothing can be written."""
+
+
 class NotEnoughDisk(ActstoreError, OSError):
     """The disk cannot hold what is about to be written."""
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import actstore
-from actstore.errors import ArgumentError, StoreNotFound
+from actstore.errors import ArgumentError, QueryError, RowNotFound, StoreNotFound
 from tests.toys import toy_model
 
 
@@ -100,3 +100,54 @@ def test_a_policy_that_is_none_is_refused_before_the_model_loads():
     """on_nan takes two words."""
     with pytest.raises(ArgumentError, match="on_nan = 'maybe' is not 'error' or 'count'"):
         actstore.capture("no/such/model", text="x", on_nan="maybe")
+
+
+def test_a_condition_is_taken_as_it_reads(small_store):
+    """A condition cannot close our bracket, and `text` in it is the token's."""
+    with pytest.raises(QueryError):
+        small_store.nmf("mlp_post", 2, rows="true) OR (first")
+    (text,) = small_store.sql("SELECT text FROM tokens WHERE NOT first LIMIT 1").rows()[0]
+    factors = small_store.nmf("mlp_post", 1, rows=f"text = '{text}'", name="one-word")
+    assert factors.summary["n_rows"] >= 1
+
+
+def test_a_store_is_found_though_the_process_changes_its_folder(small_store, monkeypatch, tmp_path):
+    """A relative path is that of the moment the store was opened."""
+    monkeypatch.chdir(small_store.path.parent)
+    store = actstore.open(small_store.path.name)
+    monkeypatch.chdir(tmp_path)
+
+    assert store.n_rows() == small_store.n_rows()
+    assert len(store.top("mlp_post.1", 3, k=2)) == 2
+
+
+@pytest.mark.parametrize("rows", [True, [True, False], [1.5], "a", None, [[1]], [2**63 + 5]])
+def test_row_ids_are_integers_everywhere(small_store, rows):
+    """What is no row id is refused alike by sites and by factors; nothing is rounded or wrapped."""
+    for ask in (small_store["mlp_post.1"].__getitem__, small_store.factors("first").scores):
+        with pytest.raises(RowNotFound):
+            ask(rows)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.nmf(n_components=1.5), "n_components = 1.5 is not a whole number"),
+        (lambda s: s.nmf(seed=-1), "seed = -1 was given; expected 0"),
+        (lambda s: s.top("mlp_post.1", 3, k=0), "k = 0 was given; expected 1"),
+        (lambda s: s.top("mlp_post.1", 3, before="a"), "before = 'a' is not a whole number"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(small_store, call, message):
+    """Counts are whole numbers in their range."""
+    with pytest.raises(ArgumentError, match=message):
+        call(small_store)
+
+
+def test_a_store_inside_its_corpus_folder_goes_on(tmp_path, model_folder):
+    """A directory is searched for documents, not for stores."""
+    (tmp_path / "a.txt").write_text("The keys to the cabinet", encoding="utf-8")
+    for _ in range(2):
+        store = actstore.capture(model_folder, tmp_path, tmp_path / "store", context=16)
+
+    assert store.n_documents == 1

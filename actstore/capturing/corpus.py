@@ -82,7 +82,12 @@ def open_corpus(
     if (corpus is None) == (text is None):
         raise CorpusError("give either a corpus or text=, one of the two.")
     if text is not None:
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, Iterable) or isinstance(texts, (bytes, Mapping)):
+            raise CorpusError(f"text of type {type(text).__name__}; expected a str or several.")
+        texts = list(texts)
+        if wrong := [type(t).__name__ for t in texts if not isinstance(t, str)]:
+            raise CorpusError(f"text holds a {wrong[0]}; expected str only. Dicts go to corpus=.")
         return Texts([Document(f"text {i}", t) for i, t in enumerate(texts)])
     if isinstance(corpus, (str, Path)):
         return Files(_find_files(str(corpus)), encoding, errors)
@@ -105,13 +110,24 @@ def _is_file(item: Any) -> bool:
     return isinstance(item, Path) or (isinstance(item, str) and os.path.isfile(item))
 
 
+def _search(folder: Path) -> Iterator[Path]:
+    """Yield the corpus files below a folder; hidden folders and stores are passed over."""
+    for place, folders, names in os.walk(folder):
+        if "zarr.json" in names:
+            folders.clear()  # a store holds Parquet files too
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if name.lower().endswith(SUFFIXES))
+
+
 def _find_files(pattern: str) -> list[Path]:
+    if not pattern:
+        raise CorpusError("corpus = '' names no file; expected a path or a glob, or text=….")
     path = Path(pattern).expanduser()
     if os.path.isfile(path):
         found = [path]
     elif os.path.isdir(path):
-        found = sorted(path.rglob("*"))
-        found = [p for p in found if p.is_file() and p.name.lower().endswith(SUFFIXES)]
+        found = sorted(p for p in _search(path) if p.is_file())
         if not found:
             raise CorpusError(f"{pattern} holds no corpus file; expected {', '.join(SUFFIXES)}.")
     else:
@@ -150,10 +166,11 @@ class Texts:
     """The documents."""
 
     def describe(self) -> dict[str, Any]:
-        """Return the number of documents and the checksum of their texts."""
+        """Return the number of documents and the checksum of all they hold."""
         checksum = google_crc32c.Checksum()
         for document in self.documents:
-            checksum.update(document.text.encode("utf-8", "surrogatepass") + b"\0")
+            for part in (document.source, document.text, repr(dict(document.metadata))):
+                checksum.update(part.encode("utf-8", "surrogatepass") + b"\0")
         return {
             "kind": "texts",
             "n_documents": len(self.documents),
@@ -239,7 +256,8 @@ class Files:
 
     def _source(self, path: Path) -> str:
         """Return the path below the folder that all files share."""
-        return os.path.relpath(path, os.path.commonpath([p.parent for p in self.paths]))
+        name = os.path.relpath(path, os.path.commonpath([p.parent for p in self.paths]))
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
 
     def _decode(self, path: Path, data: bytes, before: int = 0) -> str:
         try:
@@ -263,7 +281,7 @@ class Files:
                 if line.strip():
                     try:
                         item = json.loads(self._decode(path, line, offset))
-                    except json.JSONDecodeError as error:
+                    except (ValueError, RecursionError) as error:
                         raise CorpusError(
                             f"line {number + 1} of {path} is not JSON: {error}."
                         ) from None
@@ -315,4 +333,5 @@ def _describe_file(path: Path) -> dict[str, Any]:
         if size > 2 * _END_BYTES:
             file.seek(-_END_BYTES, os.SEEK_END)
         ends += file.read(_END_BYTES)
-    return {"name": path.name, "bytes": size, "ends_crc32c": google_crc32c.value(ends)}
+    name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+    return {"name": name, "bytes": size, "ends_crc32c": google_crc32c.value(ends)}

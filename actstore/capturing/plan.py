@@ -190,10 +190,10 @@ class _PartBuilder:
         self.documents.append(
             {
                 "document": cut.number,
-                "source": cut.document.source,
+                "source": cut.document.source.encode("utf-8", "replace").decode(),
                 "n_tokens": n_tokens,
                 "text": text if n_tokens == cut.n_encoded else text[:last_char],
-                "metadata": json.dumps(cut.document.metadata, ensure_ascii=False, default=str),
+                "metadata": _metadata(cut.document),
             }
         )
 
@@ -368,6 +368,18 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
                 return found
         return (f"the number of {name}", len(old), len(new)) if len(old) != len(new) else None
     return (name, old, new) if old != new else None
+
+
+def _metadata(document: Document) -> str:
+    """Return the metadata of a document as JSON."""
+    try:
+        text = json.dumps(document.metadata, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CorpusError(
+            f"the metadata of document {document.source!r} cannot be written as JSON: {error}. "
+            "Give plain values under string keys."
+        ) from None
+    return text.encode("utf-8", "replace").decode()
 
 
 def _short(value: Any) -> str:

@@ -371,7 +371,8 @@ class Worker:
             self._lists.advance(work.segment)
             work.relied_on = [s for s in self._lists.relied_on if s < work.segment]
             thresholds = self._lists.thresholds() if work.relied_on else {}
-        for i, info in enumerate(self._store.meta.sites):
+        # In the order of the model, so that a fault is told where it began.
+        for i, info in sorted(enumerate(self._store.meta.sites), key=_place_in_model):
             n_nan, n_overflow = work.folds.update(
                 i, band.array(info.site), content, others, first, thresholds.get(info.site)
             )
@@ -443,6 +444,11 @@ class Worker:
         work.leave.close()
         if needs_compaction(self._store, self._compact_every):
             compact(self._store, only_prefix=True)
+
+
+def _place_in_model(item: tuple[int, SiteInfo]) -> tuple[int, int]:
+    site = item[1].site
+    return site.layer, site.hook_rank
 
 
 def _counts(folds: SiteFolds) -> SiteCounts:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from actstore.errors import ArgumentError, RowNotFound
 from actstore.site import Site, summarize
 from actstore.store import CoreStore, Result, SiteInfo
+from actstore.store.rows import as_row_ids
 
 Ids = npt.NDArray[np.int64]
 
@@ -38,6 +39,7 @@ class Factors:
     def __init__(self, store: CoreStore, result: Result) -> None:
         self.store = store
         self.result = result
+        _ = result.document  # read now: its folder may be replaced by another of the name
 
     @classmethod
     def open(cls, store: CoreStore, name: str | None = None) -> Self:
@@ -137,7 +139,7 @@ class Factors:
         RowNotFound
             If a row does not exist, or was captured after the factors were computed.
         """
-        ids = np.atleast_1d(np.asarray(row_ids, dtype=np.int64))
+        ids = as_row_ids(row_ids)
         segments, offsets = np.divmod(ids, self.store.meta.segment_rows)
         out = np.empty((len(ids), self.n_components), dtype=np.float32)
         for segment in np.unique(segments).tolist():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,15 @@ def _sign(character: str) -> str:
     return _SIGNS.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
 
 
+def _unique(names: list[str]) -> list[str]:
+    """Return names with a number behind those that stand there already: text, text_1."""
+    found: list[str] = []
+    for name in names:
+        candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+        found.append(next(c for c in candidates if c not in found))
+    return found
+
+
 class Answer:
     """The answer to a question: a table, already in memory.
 
@@ -57,7 +67,8 @@ class Answer:
     """
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table
+        # Rows are given as dicts, so every column needs a name of its own.
+        self._table = table.rename_columns(_unique(table.column_names))
 
     def to_arrow(self) -> pa.Table:
         """Return the answer as an Arrow table."""

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from actstore.errors import ArgumentError
 from actstore.store import SPECIAL, CoreStore
+from actstore.store.rows import as_row_ids
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def snippets(
         raise ArgumentError(
             f"before = {before}, after = {after} of a snippet; expected numbers of tokens from 0."
         )
-    ids = np.asarray(row_ids, dtype=np.int64).reshape(-1)
+    ids = as_row_ids(row_ids)
     reader = _Reader(store, space)
     found: list[Snippet | None] = [None] * len(ids)
     for place in np.argsort(ids, kind="stable"):

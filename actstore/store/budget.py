@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 
@@ -15,6 +17,22 @@ Progress = Callable[[str, int, int], None]
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
+
+
+def as_count(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
+    """Return a whole number that was given for a parameter.
+
+    Raises
+    ------
+    ArgumentError
+        If it is none, or not between `least` and `most`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ArgumentError(f"{name} = {value!r} is not a whole number.")
+    number = operator.index(value)
+    if not least <= number <= most:
+        raise ArgumentError(f"{name} = {number} was given; expected {least} … {most}.")
+    return number
 
 
 def parse_budget(budget: int | str | None) -> int:

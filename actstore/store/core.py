@@ -84,7 +84,7 @@ class CoreStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a process may change its folder
         root = self.path / "zarr.json"
         if not root.is_file():
             found = "a folder without a store" if self.path.is_dir() else "not a folder"
@@ -529,8 +529,9 @@ class CoreStore:
             return found[-1]
         names = [result.name for result in found]
         raise ResultNotFound(
-            f"{kind} result {name!r} is not in {self.path}; it has {', '.join(names) or 'none'}."
-            f"{did_you_mean(name or '', names)} Compute one with `actstore {kind} {self.path}`."
+            f"{self.path} has no {kind} result"
+            + (f" {name!r}; it has {', '.join(names) or 'none'}." if name else " yet.")
+            + f"{did_you_mean(name or '', names)} Compute one with `actstore {kind} {self.path}`."
         )
 
     def read_scores(self, result: Result, array: str, segment: int) -> npt.NDArray[Any]:

@@ -25,6 +25,29 @@ if TYPE_CHECKING:
 Ids = npt.NDArray[np.int64]
 
 
+def as_row_ids(rows: Any) -> Ids:
+    """Return row ids as a vector of int64; nothing is rounded, wrapped or taken for a mask.
+
+    Raises
+    ------
+    RowNotFound
+        If they are not integers in one dimension.
+    """
+    try:
+        ids = np.asarray(rows)
+    except ValueError:  # sequences of unequal length
+        ids = np.empty((0, 0))
+    if ids.ndim > 1 or not (ids.dtype.kind in "iu" or (ids.size == 0 and ids.ndim == 1)):
+        raise RowNotFound(
+            f"row ids of dtype {ids.dtype} and {ids.ndim} dimensions were given; expected "
+            "integers in one, as they stand in the column row_id of `tokens`, `top` and every "
+            "other table."
+        )
+    if ids.dtype.kind == "u" and ids.size and ids.max() > np.iinfo(np.int64).max:
+        raise RowNotFound(f"row_id = {ids.max()} is a hole: no row has so large an id.")
+    return np.atleast_1d(ids).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Run:
     """Consecutive offsets of one segment."""
@@ -155,15 +178,8 @@ class SiteRows:
     def __getitem__(self, rows: int | slice | Sequence[int] | Ids) -> npt.NDArray[Any]:
         if isinstance(rows, slice):
             return self._gather(self.row_ids(rows))
-        ids = np.asarray(rows)
-        if ids.ndim > 1 or not (ids.dtype.kind in "iu" or ids.size == 0):
-            raise RowNotFound(
-                f"row ids of dtype {ids.dtype} and {ids.ndim} dimensions were given; expected "
-                "integers in one, as they stand in the column row_id of `tokens`, `top` and every "
-                "other table."
-            )
-        found: npt.NDArray[Any] = self._gather(np.atleast_1d(ids).astype(np.int64))
-        return found[0] if ids.ndim == 0 else found
+        found: npt.NDArray[Any] = self._gather(as_row_ids(rows))
+        return found[0] if np.ndim(rows) == 0 else found
 
     def _gather(self, ids: Ids) -> npt.NDArray[Any]:
         needed = len(ids) * self.info.row_bytes

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
@@ -78,13 +79,14 @@ def to_notebook(
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
     with tempfile.TemporaryDirectory() as runtime:
+        kernel = AsyncKernelManager(
+            kernel_spec_manager=_ThisInterpreter(),
+            connection_file=os.path.join(runtime, "kernel.json"),
+            transport="ipc",  # sockets in that folder: no other user can reach the kernel
+        )
         client = NotebookClient(
             notebook,
-            km=AsyncKernelManager(
-                kernel_spec_manager=_ThisInterpreter(),
-                connection_file=os.path.join(runtime, "kernel.json"),
-                transport="ipc",  # sockets in that folder: no other user can reach the kernel
-            ),
+            km=kernel,
             timeout=timeout,
             record_timing=False,
             resources={"metadata": {"path": str(target.parent.resolve())}},
@@ -101,6 +103,9 @@ def to_notebook(
                 f"{target} was not written, since its kernel died or a cell took longer than "
                 f"timeout = {timeout} seconds: {error}"
             ) from error
+        finally:
+            # nbclient leaves a kernel that was handed to it running.
+            run_sync(kernel.shutdown_kernel)(now=True)
     durable.replace(target, (nbformat.writes(notebook) + "\n").encode("utf-8"))
     return target
 

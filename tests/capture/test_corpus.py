@@ -173,10 +173,13 @@ def test_files_are_recognised_by_what_they_hold(
 
 
 def test_texts_are_recognised_by_their_checksum() -> None:
-    """Other texts, or the same cut in another place, are another corpus."""
+    """Other texts, the same cut in another place, or with other metadata, are another corpus."""
     descriptions = [
         json.dumps(open_corpus(given).describe())
-        for given in (["ab", "c"], ["a", "bc"], ["ab", "d"], ["ab"], ["ab", "c", ""])
+        for given in (
+            *(["ab", "c"], ["a", "bc"], ["ab", "d"], ["ab"], ["ab", "c", ""]),
+            *([{"text": "ab", "year": 1946}, "c"], [{"text": "ab", "source": "here"}, "c"]),
+        )
     ]
-    assert len(set(descriptions)) == 5
-    assert open_corpus(["ab", "c"]).describe() == open_corpus(text=["ab", "c"]).describe()
+    assert len(set(descriptions)) == 7
+    assert open_corpus(["ab", "c"]).describe() == open_corpus(["ab", "c"]).describe()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from actstore.decompose import Factors
@@ -61,3 +62,13 @@ def test_the_notebook_of_factors_opens_the_store_and_shows_the_view(
     assert "actstore.open('store')" in "".join(code[0]["source"])
     html = ["".join(o["data"].get("text/html", "")) for c in code for o in c["outputs"]]
     assert any("data-actstore-view" in page for page in html)
+
+
+def test_no_kernel_is_left_running(tmp_path: Path) -> None:
+    """The kernel ends with the notebook, whether its cells succeed or fail."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    to_notebook(tmp_path / "good.ipynb", [("code", "1 + 1")], "Good")
+    with pytest.raises(ActstoreError):
+        to_notebook(tmp_path / "bad.ipynb", [("code", "1 / 0")], "Bad")
+    after = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
+    assert [c for c in after if c.status() != psutil.STATUS_ZOMBIE] == []
