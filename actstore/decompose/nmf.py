@@ -24,9 +24,11 @@ matrix factorization and sparse coding, JMLR 11 (2010): the surrogate and its de
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -186,6 +188,7 @@ def nmf(
             "bytes_read": scan.bytes_read,
             "seconds": clock.seconds,
             "threads": torch.get_num_threads(),
+            "online_products": str(product_dtype()).removeprefix("torch."),
             "versions": {"numpy": np.__version__, "torch": str(torch.__version__)},
         }
         result = writer.finish(summary)
@@ -251,12 +254,12 @@ def _online_passes(
         for block in blocks:
             rows = matrix.clip(block.values)
             n_blocks += 1
-            codes, _ = solve_codes(
-                loadings @ rows.T, loadings @ loadings.T, n_sweeps=_ONLINE_SWEEPS
-            )
+            factors = rows.to(product_dtype())
+            products = (loadings.to(factors.dtype) @ factors.T).float()
+            codes, _ = solve_codes(products, loadings @ loadings.T, n_sweeps=_ONLINE_SWEEPS)
             # The codes of the first blocks came from loadings that were not worth much.
             decay = max(0.0, 1 - 4 / n_blocks**0.75)
-            images.mul_(decay).addmm_(codes, rows)
+            images.mul_(decay).add_(codes.to(factors.dtype) @ factors)
             gram.mul_(decay).addmm_(codes, codes.T)
             if epoch == 0:
                 total += torch.mv(rows.T, torch.ones(len(rows)))
@@ -264,6 +267,18 @@ def _online_passes(
             _revive(loadings, images, gram, rows, codes)
     lengths = loadings.norm(dim=1, keepdim=True)
     return loadings / lengths.clamp(min=1e-30), (total / scan.n_rows).float()
+
+
+@functools.cache
+def product_dtype() -> torch.dtype:
+    """Return the dtype of the online passes' products: bfloat16 where the processor computes in it.
+
+    They lead to the loadings only, and rounding them to eight bits leaves the error as it is while
+    the products take a sixth of the time.  Scores, error and certificates come from float32.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return torch.bfloat16 if flags & {"avx512_bf16", "amx_bf16", "bf16"} else torch.float32
 
 
 def _improve(loadings: torch.Tensor, images: torch.Tensor, gram: torch.Tensor) -> None:

@@ -218,7 +218,7 @@ def test_it_reopens_without_computing(store, found):
     np.testing.assert_array_equal(opened.matrix, found.matrix)
     assert opened.to_arrow().equals(found.to_arrow())
     assert repr(opened).startswith("<Similarity 'all': cka of resid_post.0–3 over 3,")
-    with pytest.raises(ResultNotFound, match=r"similarity result 'none' is not in"):
+    with pytest.raises(ResultNotFound, match=r"has no similarity result 'none'; it has "):
         Similarity.open(store, "none")
 
 
