@@ -112,5 +112,7 @@ def test_a_store_without_factors_says_so(tmp_path):
     """The message names the command that computes some."""
     store = synthetic_store(tmp_path / "store", {"mlp_post.0": np.ones((50, 4))})
 
-    with pytest.raises(ResultNotFound, match=r"it has none.*Compute one with `actstore nmf"):
+    with pytest.raises(
+        ResultNotFound, match=r"has no nmf result 'first'; it has none\. Compute one"
+    ):
         Factors.open(store, "first")

@@ -112,10 +112,12 @@ def test_the_name_may_be_taken_meanwhile(store: CoreStore) -> None:
 
 def test_a_missing_result_is_named_with_what_there_is(store: CoreStore) -> None:
     """The message lists the names, the nearest one, and the command that makes one."""
-    with pytest.raises(ResultNotFound, match=r"it has none\. Compute one with `actstore nmf"):
+    with pytest.raises(
+        ResultNotFound, match=r"has no nmf result yet\. Compute one with `actstore nmf"
+    ):
         store.result("nmf")
     write(store, "speech")
-    with pytest.raises(ResultNotFound, match=r"'speach' is not in .* Did you mean 'speech'\?"):
+    with pytest.raises(ResultNotFound, match=r"result 'speach'; it has .* Did you mean 'speech'\?"):
         store.result("nmf", "speach")
     with pytest.raises(KeyError):
         store.result("similarity")
