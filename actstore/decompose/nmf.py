@@ -37,7 +37,7 @@ import pyarrow as pa
 import torch
 
 from actstore import durable
-from actstore.decompose.codes import solve_codes
+from actstore.decompose.codes import descend, solve_codes
 from actstore.decompose.exact import ExactPass
 from actstore.decompose.factors import Factors
 from actstore.decompose.matrix import Matrix
@@ -49,7 +49,6 @@ from actstore.store import CoreStore, ResultWriter, Rows, SiteInfo
 from actstore.store.budget import Progress, parse_budget
 
 _SAMPLE_ROWS = 8192
-_EXACT_BLOCK_ROWS = 1024  # so long that solving codes costs less than the products
 _ONLINE_SWEEPS = 6
 _N_EXEMPLARS = 100
 
@@ -161,8 +160,7 @@ def nmf(
     durable.make_folder(store.path / "work")
     with writer, tempfile.TemporaryFile(dir=store.path / "work") as spool:
         exact = ExactPass(matrix, loadings, mean, _N_EXEMPLARS)
-        block_rows = _EXACT_BLOCK_ROWS if scan.fits(_EXACT_BLOCK_ROWS) else BLOCK_ROWS
-        blocks = clock.over("exact pass", scan.ordered(block_rows), scan.n_rows)
+        blocks = clock.over("exact pass", scan.ordered(), scan.n_rows)
         exact.run(store, blocks, spool)
         clock.start("write")
         order = np.argsort(-exact.shares, kind="stable")
@@ -259,10 +257,12 @@ def _online_passes(
             codes, _ = solve_codes(products, loadings @ loadings.T, n_sweeps=_ONLINE_SWEEPS)
             # The codes of the first blocks came from loadings that were not worth much.
             decay = max(0.0, 1 - 4 / n_blocks**0.75)
-            images.mul_(decay).add_(codes.to(factors.dtype) @ factors)
+            # A last row of ones, and the mean costs no pass over the block of its own.
+            added = torch.cat([codes, torch.ones(1, len(rows))]).to(factors.dtype) @ factors
+            images.mul_(decay).add_(added[:-1])
             gram.mul_(decay).addmm_(codes, codes.T)
             if epoch == 0:
-                total += torch.mv(rows.T, torch.ones(len(rows)))
+                total += added[-1]
             _improve(loadings, images, gram)
             _revive(loadings, images, gram, rows, codes)
     lengths = loadings.norm(dim=1, keepdim=True)
@@ -283,13 +283,10 @@ def product_dtype() -> torch.dtype:
 
 def _improve(loadings: torch.Tensor, images: torch.Tensor, gram: torch.Tensor) -> None:
     """Improve each component in turn, given ``P`` and ``Q``: one HALS sweep."""
-    for j in range(len(loadings)):
-        weight = gram[j, j]
-        if weight > 0:
-            others = gram[j].clone()
-            others[j] = 0
-            best = torch.addmv(images[j], loadings.T, others, alpha=-1)
-            torch.clamp(best.div_(weight), min=0, out=loadings[j])
+    weights = gram.diagonal()[:, None]
+    used = weights > 0
+    targets = torch.where(used, images / weights, loadings)
+    descend(targets, torch.where(used, gram / weights, 0), loadings, n_sweeps=1)
 
 
 def _revive(

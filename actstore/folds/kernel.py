@@ -38,7 +38,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from actstore.folds.base import Array
-from actstore.folds.compiled import compiled
+from actstore.compiled import compiled
 
 GROUP = 8
 """Rows taken together; an accumulator is then read and written once in eight values."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from actstore.errors import ArgumentError
 from actstore.folds.base import Array, read_values
-from actstore.folds.compiled import compiled
+from actstore.compiled import compiled
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

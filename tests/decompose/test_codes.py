@@ -5,7 +5,7 @@ import pytest
 import scipy.optimize
 import torch
 
-from actstore.decompose.codes import solve_codes
+from actstore.decompose.codes import descend, solve_codes
 from actstore.decompose.exemplars import Exemplars
 
 
@@ -65,3 +65,27 @@ def test_exemplars_equal_a_full_sort():
         order = [i for i in np.lexsort((row_ids, -column)) if column[i] > 0][:29]
         np.testing.assert_array_equal(found.row_ids[j], row_ids[order])
         np.testing.assert_array_equal(found.values[j], column[order])
+
+
+@pytest.mark.parametrize("k", [1, 6, 33])
+@pytest.mark.parametrize("n", [5, 128, 301])
+def test_tiles_and_tensors_descend_alike(k, n):
+    """The compiled descent gives what the same descent of tensors gives, from any beginning."""
+    rng = torch.Generator().manual_seed(k * n)
+    components = torch.rand(k, 40, generator=rng)
+    components /= components.norm(dim=1, keepdim=True)
+    targets = components @ torch.rand(n, 40, generator=rng).T
+    begin = torch.rand(k, n, generator=rng)
+    compiled, plain = begin.clone(), begin.double()
+
+    n_moving = descend(targets, components @ components.T, compiled, n_sweeps=3, tolerance=1e-3)
+    expected = descend(
+        targets.double(),
+        (components @ components.T).double(),
+        plain,
+        n_sweeps=3,
+        tolerance=1e-3,
+    )
+
+    assert n_moving == expected
+    np.testing.assert_allclose(compiled, plain, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The one way functions of this package are compiled.
+"""The one way functions are compiled.
 
 Compiled on first use, then kept in numba's cache on disk, where one file is one entry: numba does
 not notice a change in *another* file, so a compiled function may call only compiled functions of
