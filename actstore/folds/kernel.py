@@ -37,8 +37,8 @@ from numba.core import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from actstore.folds.base import Array
 from actstore.compiled import compiled
+from actstore.folds.base import Array
 
 GROUP = 8
 """Rows taken together; an accumulator is then read and written once in eight values."""

@@ -21,9 +21,9 @@ from typing import NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.compiled import compiled
 from actstore.errors import ArgumentError
 from actstore.folds.base import Array, read_values
-from actstore.compiled import compiled
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
