@@ -6,7 +6,7 @@ stand behind the command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,13 @@ from actstore.store.info import Info, info
 if TYPE_CHECKING:
     import dask.array
 
-    from actstore.capturing import Estimate
+    from actstore.capturing import Estimate, Replayed, Replayer, Timing, Verification
+    from actstore.decompose import Loader
     from actstore.query import Answer, Top
     from actstore.view import Factors, Similarity
 
 Sites = str | Site | Iterable[str | Site] | None
+Keep = str | float | Mapping[str, str | float] | None
 
 
 class Store(CoreStore):
@@ -52,6 +54,9 @@ class Store(CoreStore):
     >>> store["mlp_post.1"][store["mlp_post.1"].row_ids()].shape
     (5, 64)
     """
+
+    timing: Timing | None = None
+    """Where the time of the capture went that returned this store; None if it was opened."""
 
     def __repr__(self) -> str:
         return (
@@ -245,6 +250,179 @@ class Store(CoreStore):
 
         return Similarity(self, self.result("similarity", name))
 
+    def loader(
+        self,
+        sites: Sites,
+        batch_rows: int = 4096,
+        *,
+        rows: str = "content",
+        seed: int = 0,
+        epochs: int | None = 1,
+        dtype: Any = None,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        budget: int | str | None = None,
+    ) -> Loader:
+        """Return a torch IterableDataset of batches mixed across documents, for training on rows.
+
+        A batch is ``(values, row_ids)``: a tensor where one site is named, else a dict by site.
+
+        See Also
+        --------
+        actstore.decompose.Loader : all parameters, workers, ranks, going on after a stop.
+        """
+        from actstore.decompose import Loader
+
+        return Loader(
+            self,
+            sites,
+            as_count("batch_rows", batch_rows, 1),
+            rows=rows if rows in ("content", "all") else self._rows(rows),
+            seed=as_count("seed", seed, 0),
+            epochs=None if epochs is None else as_count("epochs", epochs, 1),
+            dtype=dtype,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            budget=budget,
+        )
+
+    def shuffle(
+        self,
+        sites: Sites,
+        to: str | Path,
+        *,
+        rows: str = "content",
+        seed: int = 0,
+        budget: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Path:
+        """Write a uniformly permuted copy of the rows of some sites, out of core, as Zarr.
+
+        See Also
+        --------
+        actstore.decompose.shuffle : all parameters, what is written.
+        """
+        from actstore.decompose import shuffle
+
+        return shuffle(
+            self,
+            sites,
+            to,
+            rows=rows if rows in ("content", "all") else self._rows(rows),
+            seed=as_count("seed", seed, 0),
+            budget=budget,
+            progress=progress,
+        )
+
+    def replay(
+        self,
+        rows: Any,
+        sites: Sites = None,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: str = "auto",
+        budget: int | str | None = None,
+    ) -> Replayed:
+        """Compute activations of any planned rows again, from the stored tokens.
+
+        One forward pass of the windows that hold the rows, whether the rows were kept, or captured
+        yet, or not.  Model and windows stay in memory: what was asked for lately costs no forward.
+
+        Parameters
+        ----------
+        rows : int or sequence of int
+            Row ids, as in ``store[site][rows]``.
+        sites : str, Site or iterable, optional
+            Sites or patterns; default all.
+        model : str, Path or torch.nn.Module, optional
+            The model the store was captured from; default where its name in the store leads.
+        tokenizer : PreTrainedTokenizerFast, optional
+            Needed where `model` is a module.
+        device : str
+            ``"auto"``, ``"cpu"``, ``"cuda"``, ….
+        budget : int or str, optional
+            Peak memory beyond the model: half for what is returned, a quarter for what is kept.
+
+        Returns
+        -------
+        Replayed
+            ``found[site]``, (n_rows, width) in the stored dtype, in the order of `rows`;
+            ``found.row_ids``.  Equal to what is stored within the tolerance of `verify`.
+
+        Raises
+        ------
+        RowNotFound, SiteNotFound
+            If there is no such row or site.
+        ModelError, StoreMismatch
+            If the model cannot be loaded, or is another.
+        BudgetExceeded
+            If the rows do not fit into half of the budget.
+        """
+        n_bytes = parse_budget(budget)
+        return self._replayer(model, tokenizer, device).replay(rows, sites, n_bytes)
+
+    def verify(
+        self,
+        n_rows: int = 1000,
+        *,
+        seed: int = 0,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: str = "auto",
+        budget: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Verification:
+        """Check that the store holds what its model computes from its text.
+
+        Tokenises and runs random windows again, in other batches, and compares tokens, stored
+        values and exemplars; reads a few columns whole to compare their lists and statistics.
+
+        Parameters
+        ----------
+        n_rows : int, default 1000
+            Windows are drawn until they have so many rows.
+        seed : int, default 0
+            Which windows are drawn.
+        model, tokenizer, device, budget
+            As for `replay`.
+        progress : callable, optional
+            ``progress(stage, done, total)``.
+
+        Returns
+        -------
+        Verification
+            ``.ok``, what was checked, and the first mismatches.
+
+        Raises
+        ------
+        ModelError, StoreMismatch
+            If the model cannot be loaded, or is another.
+        """
+        from actstore.capturing import run_verify
+
+        return run_verify(
+            self,
+            self._replayer(model, tokenizer, device).model,
+            as_count("n_rows", n_rows, 1, 2**62),
+            as_count("seed", seed, 0),
+            parse_budget(budget),
+            progress,
+        )
+
+    def _replayer(self, model: Any, tokenizer: Any, device: str) -> Replayer:
+        """Return the kept model of the store, loaded anew if another one is given."""
+        from actstore.capturing import Replayer, model_of
+
+        given = (model, tokenizer, device)
+        kept: tuple[Any, Replayer] | None = self.__dict__.get("_kept_replayer")
+        if kept is None or (given != (None, None, "auto") and given != kept[0]):
+            kept = (given, Replayer(self, model_of(self, model, tokenizer, device)))
+            self.__dict__["_kept_replayer"] = kept
+        return kept[1]
+
     def _rows(self, rule: str) -> Rows:
         """Return the rows of a rule: ``"content"``, ``"all"``, or an SQL condition on tokens."""
         if rule in ("content", "all"):
@@ -268,8 +446,8 @@ class Store(CoreStore):
     def dask(self, site: str | Site) -> tuple[dask.array.Array, npt.NDArray[np.int64]]:
         """Return a site as a plain dask array, and the row_id of each of its rows.
 
-        Holes are dropped: row i of the array is the token ``row_ids[i]``.  One chunk a segment,
-        read when computed.
+        Holes and rows that are not stored are dropped: row i of the array is the token
+        ``row_ids[i]``.  One chunk a segment, read when computed.
 
         Returns
         -------
@@ -278,15 +456,15 @@ class Store(CoreStore):
         """
         import dask.array as da
 
-        path, named = self.path.absolute(), str(self.site(site).site)
+        path, info = self.path.absolute(), self.site(site)
         alive = _Alive(self)  # a temporary store lives as long as what will read it
-        layout = self.layout(self.site(site))
-        counts = self.committed_rows(self.site(site).site.space)
+        layout = self.layout(info)
+        counts = {s: len(self.stored_offsets(info, s)) for s in self.committed}
 
         def read(segment: int, n_rows: int) -> npt.NDArray[Any]:
             assert alive is not None
             store = CoreStore(path)  # opened where the task runs
-            return store.read(store.site(named), segment, 0, n_rows)
+            return store.read(store.site(info.site), segment, 0, n_rows)
 
         blocks = [
             da.from_delayed(
@@ -337,6 +515,8 @@ def capture(
     text: str | Iterable[str] | None = None,
     tokenizer: Any = None,
     sites: Sites = None,
+    keep: Keep = None,
+    grams: Sites = None,
     dtype: str = "auto",
     context: int | None = None,
     overlap: int | None = None,
@@ -349,6 +529,11 @@ def capture(
     errors: str = "strict",
     on_nan: str = "error",
     on_overflow: str = "count",
+    order: str = "corpus",
+    add: bool = False,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    segments: str | slice | None = None,
     progress: Progress | None = None,
 ) -> Store:
     """Run a corpus through a model once and keep its activations.
@@ -361,8 +546,9 @@ def capture(
     model : str, Path or torch.nn.Module
         Hub name, local directory (safetensors, or one .gguf), or a transformers model.
     corpus : str, Path, dataset or iterable, optional
-        A file (.txt, .jsonl, .jsonl.gz, .parquet), a directory or glob of them, a Hugging Face
-        dataset, or an iterable of str or of ``{"text": …, metadata}``.
+        A file (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), a directory or glob of them, a
+        Hugging Face dataset, streaming or not, or an iterable of str or of
+        ``{"text": …, metadata}``.
     store : str or Path, optional
         Folder of the store; without one it is temporary and goes with the returned object.
     text : str or iterable of str, optional
@@ -372,6 +558,15 @@ def capture(
     sites : str, Site or iterable, optional
         Sites or patterns: ``"mlp_post"``, ``"resid_post.3-5"``; default all ``mlp_post``,
         ``resid_pre.0`` and all ``resid_post``.
+    keep : str, float or mapping, optional
+        Which rows are stored: ``"all"``, ``"none"``, or a fraction of the content rows that is a
+        power of two, such as ``"1/256"``: one seeded sample for all sites.  By site:
+        ``{"mlp_post": "1/64", "resid_post": "all"}``.  Default ``"all"``, or 1/256 where that
+        would take more than 10 GB, with a warning.  Statistics and exemplars cover every row all
+        the same, and `Store.replay` computes any row again.
+    grams : str, Site or iterable, optional
+        Sites whose Gram matrix is added up too: 8 bytes x width**2 each on disk, and a product of
+        ``rows x width**2``.  Default none.
     dtype : {"auto", "float16", "float32", "bfloat16"}
         Stored dtype.  "auto": 16-bit models keep theirs; of float32 models ``mlp_post`` becomes
         float16, and residual sites too unless a probe exceeds 1,000 there.
@@ -382,7 +577,8 @@ def capture(
     batch_tokens : int, optional
         Tokens of one forward pass, padding counted; default 4,096.
     max_tokens, max_document_tokens : int, optional
-        Rows wanted in all, and of each document, special tokens counted.
+        Rows wanted in all, and of each document, special tokens counted.  Of a corpus that is
+        added, they count for it alone.
     device : str
         ``"auto"``, ``"cpu"``, ``"cuda"``, ….
     budget : int or str, optional
@@ -393,8 +589,24 @@ def capture(
     on_nan, on_overflow : {"error", "count"}
         Whether NaN, and values outside the stored dtype, stop the capture, or are counted (and
         the latter saturated).
+    order : {"corpus", "shuffled"}
+        "shuffled": documents are taken in a random order, the same every time; while they are
+        planned they take disk once more.  With `max_tokens` a random sample of them is captured.
+    add : bool
+        Add another corpus to a store that has all documents of its own; what is there does not
+        change, and rows keep their ids.  A corpus that the store has is not added again.
+    workers : int, optional
+        Capture with so many processes of this machine, one a GPU, or the CPU's threads divided;
+        they share the budget.  `model` must then be a name or directory.  The rows and the index
+        are the same for any number.
+    scheduler : str, optional
+        Capture on the workers of a running Dask scheduler, ``"tcp://host:8786"``, which must see
+        the store under its path; the budget is then that of each worker.
+    segments : str or slice, optional
+        ``"I::N"``: capture only the segments I, I + N, I + 2N, … of the plan, and leave the index
+        to `Store.finish`.  For batch systems, which start N processes with one store.
     progress : callable, optional
-        ``progress(stage, done, total)``.
+        ``progress(stage, done, total)``; a total of 0 is not known yet.
 
     Returns
     -------
@@ -407,19 +619,23 @@ def capture(
     NonFiniteActivation
         If the model yields NaN, and `on_nan` is "error".
     """
-    from actstore.capturing import run_capture
+    from actstore.capturing import ORDERS, run_capture
 
     for name, value in (("on_nan", on_nan), ("on_overflow", on_overflow)):
         if value not in ("error", "count"):
             raise ArgumentError(f"{name} = {value!r} is not 'error' or 'count'.")
-    found, _ = run_capture(
+    if order not in ORDERS:
+        raise ArgumentError(f"order = {order!r} is not one of {', '.join(ORDERS)}.")
+    found, timing = run_capture(
         model,
         corpus,
         store,
         text=text,
         tokenizer=tokenizer,
         settings=_settings(
-            sites, dtype, context, overlap, batch_tokens, max_tokens, max_document_tokens
+            *(sites, dtype, context, overlap, batch_tokens, max_tokens, max_document_tokens),
+            keep,
+            grams,
         ),
         device=device,
         budget=budget,
@@ -427,9 +643,15 @@ def capture(
         errors=errors,
         on_nan=on_nan,  # type: ignore[arg-type]  # checked above
         on_overflow=on_overflow,  # type: ignore[arg-type]
+        order=order,
+        add=add,
+        workers=workers,
+        scheduler=scheduler,
+        segments=segments,
         progress=progress,
     )
     opened = Store(found.path)
+    opened.timing = timing
     # A temporary store lives as long as what made it.
     opened.__dict__["_made_by"] = found
     return opened
@@ -443,6 +665,8 @@ def estimate(
     text: str | Iterable[str] | None = None,
     tokenizer: Any = None,
     sites: Sites = None,
+    keep: Keep = None,
+    grams: Sites = None,
     dtype: str = "auto",
     context: int | None = None,
     overlap: int | None = None,
@@ -468,7 +692,9 @@ def estimate(
         text=text,
         tokenizer=tokenizer,
         settings=_settings(
-            sites, dtype, context, overlap, batch_tokens, max_tokens, max_document_tokens
+            *(sites, dtype, context, overlap, batch_tokens, max_tokens, max_document_tokens),
+            keep,
+            grams,
         ),
         device=device,
         budget=budget,
@@ -486,6 +712,8 @@ def _settings(
     batch_tokens: int | None,
     max_tokens: int | None,
     max_document_tokens: int | None,
+    keep: Keep,
+    grams: Sites,
 ) -> Any:
     from actstore.capturing import Limits, Settings
 
@@ -499,6 +727,7 @@ def _settings(
         if value is not None:
             as_count(name, value, 0, 2**62)
     wanted = [sites] if isinstance(sites, (str, Site)) else sites
+    folded = [grams] if isinstance(grams, (str, Site)) else grams or ()
     return Settings(
         None if wanted is None else tuple(wanted),
         dtype,
@@ -506,4 +735,6 @@ def _settings(
         overlap,
         batch_tokens,
         Limits(max_tokens, max_document_tokens),
+        keep,
+        tuple(map(str, folded)),
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,12 @@ def capture_options(command: Command) -> Command:
     """Add the options that say what to capture."""
     options = [
         click.option("--sites", multiple=True, metavar="SITE", help="mlp_post, resid_post.3-5, …"),
+        click.option(
+            "--keep",
+            metavar="FRACTION",
+            help="Rows to store: all, none, 1/64, or mlp_post=1/64,resid_post=all.",
+        ),
+        click.option("--grams", multiple=True, metavar="SITE", help="Sites to fold a Gram of too."),
         click.option("--dtype", default="auto", help="auto, float16, bfloat16 or float32."),
         click.option("--context", type=int, help="Tokens of a window."),
         click.option("--overlap", type=int, help="Leading tokens of a window not stored again."),
@@ -138,17 +146,32 @@ def echo(answer: Any, form: str | None) -> None:
 
 
 class Bars:
-    """Progress bars on stderr; called as ``bars(stage, done, total)``."""
+    """Progress bars on stderr; called as ``bars(stage, done, total)``.  Warnings stand between."""
 
     def __init__(self) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
+        self._leave = ExitStack()
 
     def __enter__(self) -> Bars:
+        self._leave.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("always", module=r"actstore\.")
+        show = warnings.showwarning
+
+        def warn(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+            if Path(filename).is_relative_to(Path(__file__).parent):
+                self.pause()
+                click.secho("warning: ", fg="yellow", bold=True, err=True, nl=False)
+                click.echo(_shown(message), err=True)
+            else:
+                show(message, category, filename, lineno, *rest)
+
+        warnings.showwarning = warn  # type: ignore[assignment]  # Any where it says more
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pause()
+        self._leave.close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Move the bar of a stage."""
@@ -185,8 +208,8 @@ class Bars:
 @main.command(epilog=example("actstore demo my-demo"))
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--causal", is_flag=True, help="The causal model SmolLM2, on fewer tokens.")
-@click.option("--budget", default="1GB", metavar="SIZE", help="Peak memory beyond the model.")
-def demo(folder: Path | None, causal: bool, budget: str) -> None:
+@budget_option
+def demo(folder: Path | None, causal: bool, budget: str | None) -> None:
     """Run a real model over a real corpus, end to end, in minutes."""
     from actstore.demo import run_demo
 
@@ -204,6 +227,16 @@ def demo(folder: Path | None, causal: bool, budget: str) -> None:
 @budget_option
 @click.option("--on-nan", type=click.Choice(["error", "count"]), default="error")
 @click.option("--on-overflow", type=click.Choice(["error", "count"]), default="count")
+@click.option(
+    "--order",
+    type=click.Choice(["corpus", "shuffled"]),
+    default="corpus",
+    help="Take the documents as they come, or in random order.",
+)
+@click.option("--add", is_flag=True, help="Add another corpus to a finished STORE.")
+@click.option("--workers", type=int, help="Processes of this machine, one a GPU or CPUs divided.")
+@click.option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, tcp://host:8786.")
+@click.option("--segments", metavar="I::N", help="Only share I of N; then: actstore finish STORE.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and stop.")
 def capture(
     model: str,
@@ -211,6 +244,11 @@ def capture(
     store: Path,
     on_nan: str,
     on_overflow: str,
+    order: str,
+    add: bool,
+    workers: int | None,
+    scheduler: str | None,
+    segments: str | None,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -231,10 +269,17 @@ def capture(
                 store,
                 on_nan=on_nan,
                 on_overflow=on_overflow,
+                order=order,
+                add=add,
+                workers=workers,
+                scheduler=scheduler,
+                segments=segments,
                 progress=progress,
                 **options,
             )
     click.echo(_shown(found if dry_run else made.info()))
+    if not dry_run and made.timing and made.timing.n_positions:
+        click.echo(_shown(made.timing), err=True)
 
 
 @main.command(epilog=example("actstore sites ./my-model"))
@@ -281,6 +326,32 @@ def finish(store: Path) -> None:
     with Bars() as progress:
         opened.finish(progress=progress)
     click.echo(_shown(opened.info()))
+
+
+@main.command(epilog=example("actstore verify actstore-demo/store --rows 2000"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--rows", default=1000, help="Rows to compute again.", show_default=True)
+@click.option("--seed", default=0, help="Which rows.", show_default=True)
+@click.option("--model", help="The model STORE was captured from, if its name does not lead there.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, …")
+@budget_option
+@click.option(
+    "--format", "form", type=click.Choice(["table", "json"]), help="As for the other commands."
+)
+def verify(store: Path, rows: int, form: str | None, **options: Any) -> None:
+    """Check random rows of STORE against its model; exit 1 on any mismatch."""
+    import actstore
+
+    with Bars() as progress:
+        found = actstore.open(store).verify(rows, progress=progress, **options)
+    form = form or ("table" if sys.stdout.isatty() else "json")
+    click.echo(
+        _shown(found)
+        if form == "table"
+        else json.dumps(_jsonable(found.to_dict()), ensure_ascii=False)
+    )
+    if not found.ok:
+        sys.exit(1)
 
 
 @main.command(
@@ -357,6 +428,24 @@ def similarity(store: Path, form: str | None, sites: tuple[str, ...], **options:
         found = actstore.open(store).similarity(sites or None, progress=progress, **options)
     click.echo(str(found), err=True)
     echo(Answer(found.to_arrow()), form)
+
+
+@main.command(
+    epilog=example("actstore shuffle actstore-demo/store --sites mlp_post.5 --to mlp_post.5.zarr")
+)
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--sites", multiple=True, help="Sites or patterns; default all.")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--rows", default="content", help="content, all, or an SQL condition on tokens.")
+@click.option("--seed", default=0, show_default=True)
+@budget_option
+def shuffle(store: Path, sites: tuple[str, ...], to: Path, **options: Any) -> None:
+    """Write rows of STORE in random order, as a Zarr group to train on."""
+    import actstore
+
+    with Bars() as progress:
+        made = actstore.open(store).shuffle(sites or None, to, progress=progress, **options)
+    click.echo(made)
 
 
 @main.command(epilog=example("actstore export actstore-demo/store factors --to factors.html"))

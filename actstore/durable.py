@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import mmap
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from actstore.shard import crc32c_of_file
 
 ROW_GROUP_ROWS = 1 << 16
 """Rows of a Parquet row group where nothing else is asked for."""
+
+_STREAM_BYTES = 1 << 20
+_BLOCK_BYTES = 4096  # of any disk, or a multiple
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,95 @@ def publish(partial: Path, final: Path) -> None:
     sync_file(partial)
     os.replace(partial, final)
     sync_folder(final.parent)
+
+
+class Streams:
+    """Files written from their start, past the operating system's cache where that is possible.
+
+    What goes through the cache is copied into pages that first have to be found: 46 us of processor
+    for a token of MiniLM, whose forward pass takes 340, and 10 when the disk takes the bytes
+    directly.  It wants whole blocks at aligned addresses, so bytes are gathered in one buffer that
+    all files share; a file that is not at its turn keeps less than a block of its own.
+
+    For one thread.
+    """
+
+    def __init__(self) -> None:
+        # Anonymous memory begins at a page, which is what direct writing asks of an address.
+        self.buffer = np.frombuffer(mmap.mmap(-1, _STREAM_BYTES), np.uint8)
+        self.turn: StreamFile | None = None
+
+    def open(self, path: Path) -> StreamFile:
+        """Open a file; what it held is gone."""
+        return StreamFile(self, path)
+
+
+class StreamFile:
+    """A file of `Streams`."""
+
+    def __init__(self, streams: Streams, path: Path) -> None:
+        self._streams = streams
+        self._begun = b""  # of a block, while other files are at their turn
+        self._held = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            self._fd = os.open(path, flags | _DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._fd = os.open(path, flags, 0o666)  # a file system without direct writing
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take all of `data`; return its bytes."""
+        self._take_turn()
+        source = np.frombuffer(data, np.uint8)
+        done = 0
+        while done < len(source):
+            n = min(len(source) - done, _STREAM_BYTES - self._held)
+            self._streams.buffer[self._held : self._held + n] = source[done : done + n]
+            self._held += n
+            done += n
+            if self._held == _STREAM_BYTES:
+                self._flush(self._held)
+        return done
+
+    def close(self) -> None:
+        """Write what is held, and close the file; it is not synced."""
+        if self._fd < 0:
+            return
+        try:
+            self._take_turn()
+            self._flush(self._held - self._held % _BLOCK_BYTES)
+            if self._held and _DIRECT:
+                usual = fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~_DIRECT
+                fcntl.fcntl(self._fd, fcntl.F_SETFL, usual)
+            self._flush(self._held)
+        finally:
+            self._streams.turn = None
+            os.close(self._fd)
+            self._fd = -1
+
+    def _take_turn(self) -> None:
+        before = self._streams.turn
+        if before is self:
+            return
+        if before is not None:
+            before._yield_turn()
+        self._streams.turn = self
+        self._held = len(self._begun)
+        self._streams.buffer[: self._held] = np.frombuffer(self._begun, np.uint8)
+
+    def _yield_turn(self) -> None:
+        self._flush(self._held - self._held % _BLOCK_BYTES)
+        self._begun = self._streams.buffer[: self._held].tobytes()
+
+    def _flush(self, n_bytes: int) -> None:
+        """Write the first bytes of the buffer; what is behind them moves to its start."""
+        rest = self._streams.buffer[:n_bytes].data
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+        self._held -= n_bytes
+        self._streams.buffer[: self._held] = self._streams.buffer[n_bytes : n_bytes + self._held]
 
 
 def partial_of(path: Path) -> Path:
@@ -203,8 +297,18 @@ class TableWriter:
     def __init__(self, path: Path, schema: pa.Schema, row_group_rows: int = ROW_GROUP_ROWS) -> None:
         self._path = path
         self._row_group_rows = row_group_rows
+        # Integers as packed differences are as small as after zstd, written and read in less than
+        # half the time; a dictionary of row ids would be as long as the column.
+        integers = [f.name for f in schema if pa.types.is_integer(f.type)]
+        floats = [f.name for f in schema if pa.types.is_floating(f.type)]
+        others = [f.name for f in schema if f.name not in (*integers, *floats)]
         self._writer = pq.ParquetWriter(
-            partial_of(path), schema, compression="zstd", write_page_checksum=True
+            partial_of(path),
+            schema,
+            compression={f.name: "zstd" if f.name in others else "none" for f in schema},
+            use_dictionary=others,
+            column_encoding=dict.fromkeys(integers, "DELTA_BINARY_PACKED"),
+            write_page_checksum=True,
         )
 
     def write(self, table: pa.Table) -> None:
@@ -218,6 +322,15 @@ class TableWriter:
         facts = FileFacts.of(partial)
         publish(partial, self._path)
         return facts
+
+    def abandon(self) -> None:
+        """Close the file without giving it its name, unless it has it.
+
+        Left open it would write its end when it is collected, by then into a later attempt's file.
+        """
+        with suppress(OSError, pa.ArrowException):
+            self._writer.close()
+        partial_of(self._path).unlink(missing_ok=True)
 
 
 def write_table(path: Path, table: pa.Table, row_group_rows: int = ROW_GROUP_ROWS) -> FileFacts:

@@ -130,6 +130,8 @@ def indexed_lists(store: CoreStore, site: str) -> dict[str, list[list[tuple[int,
     (name,) = generation.named(f"exemplars/hook={info.site.hook}/layer={info.site.layer}/")
     found = {side: [[] for _ in range(info.width)] for side in ("top", "bottom")}
     for row in pq.ParquetFile(store.path / name).read().to_pylist():
+        if row["side"] not in found:
+            continue
         places = found[row["side"]][row["neuron"]]
         places.append((row["row_id"], row["value"]))
         assert row["rank"] == len(places)
@@ -142,7 +144,7 @@ def stored_bytes(store: CoreStore) -> dict[str, bytes]:
     Generations are numbered by how often the index was compacted; their names leave that out.
     """
     root = store.path
-    kinds = ("activations/", "documents/", "tokens/", "vocabulary.", "plan/")
+    kinds = ("activations/", "stored_rows/", "documents/", "tokens/", "vocabulary.", "plan/")
     found = {}
     for path in root.rglob("*"):
         name = str(path.relative_to(root))

@@ -65,6 +65,7 @@ def synthetic_store(
     values: Mapping[str, npt.NDArray[Any]],
     *,
     dtype: str | Mapping[str, str] = "float16",
+    keep: float | Mapping[str, float] = 1.0,
     documents: Sequence[int] | None = None,
     special: bool = True,
     context: int = 64,
@@ -88,6 +89,8 @@ def synthetic_store(
         of two spaces get the same rows in each.
     dtype : str or mapping of str to str, default "float16"
         Stored dtype, of all sites or of each.
+    keep : float or mapping of str to float, default 1
+        The part of the rows that is stored, at all sites or at each.
     documents : sequence of int, optional
         Rows of each document, special ones counted; by default 100 each.
     special : bool, default True
@@ -108,9 +111,10 @@ def synthetic_store(
         raise ValueError("documents and sites must agree on the number of rows")
     windows = _windows(documents, context, segment_rows)
     dtypes = {name: dtype if isinstance(dtype, str) else dtype[name] for name in values}
+    keeps = {name: keep if isinstance(keep, float) else keep[name] for name in values}
     sites = {Site.parse(name): name for name in values}
     infos = tuple(
-        SiteInfo(site, "made.up", "output", values[name].shape[1], dtypes[name])
+        SiteInfo(site, "made.up", "output", values[name].shape[1], dtypes[name], keeps[name])
         for site, name in sorted(sites.items())
     )
     meta = StoreMeta(
@@ -120,7 +124,7 @@ def synthetic_store(
         tokenizer="words",
         segment_rows=segment_rows,
         chunk_rows=chunk_rows,
-        keep="all",
+        keep="all" if keep == 1.0 else str(keep),
         context=context,
         overlap=0,
         batch_tokens=4096,
@@ -144,10 +148,12 @@ def synthetic_store(
         first = first_of_segment[segment]
         stop = first_of_segment.get(segment + 1, n_rows)
         with store.write_segment(segment) as writer:
-            for info in infos:
+            for info in store.meta.kept_sites:
                 layout = store.layout(info)
                 block = np.asarray(values[sites[info.site]][first:stop])
                 block = block.astype(DTYPES[info.dtype])
+                if info.keep < 1:
+                    block = block[writer.sample(info)]
                 for start in range(0, len(block), layout.chunk_rows):
                     band = to_band(block[start : start + layout.chunk_rows], layout)
                     writer.write_band(info, band)

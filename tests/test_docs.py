@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from actstore.cli import main
+from tests.toys import toy_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +36,8 @@ def test_the_readme_runs(tmp_path, monkeypatch, model_folder, texts_folder):
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_python_in_the_docs_runs(page, small_store):
     """Python blocks of a page run one after the other, over a store with results."""
-    names = {"store": small_store}
+    model, tokenizer = toy_model("gpt2")
+    names = {"store": small_store, "model": model, "tokenizer": tokenizer}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
 

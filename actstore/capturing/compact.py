@@ -8,35 +8,40 @@ is that of one site's lists.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actstore import durable
 from actstore.capturing.lists import (
     EXEMPLARS,
+    SAMPLE,
     STATES,
-    TOPK,
+    GenerationReader,
     exemplars_name,
     pack,
-    read_lists,
+    site_file,
+    space_file,
+    states_of,
     unpack,
 )
 from actstore.durable import FileFacts
 from actstore.errors import DamagedFile
 from actstore.folds import FOLDS
+from actstore.folds.histogram import Histogram, HistogramState, bin_edges
 from actstore.folds.moments import Moments
-from actstore.folds.topk import TopKState
+from actstore.folds.topk import Ranked, TopKState
+from actstore.folds.zones import ZonesState
 from actstore.store import CoreStore, Generation, SiteInfo, generations
 from actstore.store.budget import Progress
 from actstore.store.segment_writer import PartialReader, drop_partials
 
-_MOMENTS = Moments()
-_EXEMPLAR_GROUP = 20_000
+_MOMENTS, _HISTOGRAM = Moments(), Histogram()
+_GROUP_ROWS = 20_000
 
 
 def compact(
@@ -66,7 +71,7 @@ def compact(
         number = generations.new_number(store.path)
         folder = store.path / f"index/{number:06d}"
         durable.make_folder(folder)
-        files: dict[str, FileFacts] = {}
+        writer = _GenerationWriter(store, folder)
         neurons: list[pa.Table] = []
         states: dict[str, npt.NDArray[Any]] = {}
         for i, info in enumerate(store.meta.sites):
@@ -74,22 +79,13 @@ def compact(
             neurons.append(_neurons(info, merged))
             for state in ("moments", "others"):
                 states |= pack(info.site, state, merged[state])
-            path = folder / exemplars_name(info.site)
-            durable.make_folder(path.parent)
-            table = _exemplars(store, base, info, merged["topk"])
-            files[str(path.relative_to(store.path))] = durable.write_table(
-                path, table, _EXEMPLAR_GROUP
-            )
+            writer.write_site(info, merged, _exemplars(store, base, info, merged))
             if progress:
                 progress("index", i + 1, len(store.meta.sites))
-        path = folder / "neurons.parquet"
-        files[str(path.relative_to(store.path))] = durable.write_table(
-            path, pa.concat_tables(neurons)
-        )
+        writer.table("neurons.parquet", pa.concat_tables(neurons))
         # The moments themselves: the table's columns are made from them and lose bits.
-        name = f"index/{number:06d}/moments.npz"
-        files[name] = durable.write_arrays(store.path / name, states)
-        generation = Generation(number, tuple(covers), files)
+        writer.arrays("moments.npz", states)
+        generation = Generation(number, tuple(covers), writer.files)
         generations.publish(store.path, generation)
         _tidy(store, generation)
         return generation
@@ -129,31 +125,33 @@ def _check_closed(store: CoreStore, segments: Sequence[int], covers: Sequence[in
 def _merge(
     store: CoreStore, base: Generation | None, info: SiteInfo, segments: Sequence[int]
 ) -> dict[str, Any]:
-    merged: dict[str, Any] = {
-        "moments": _MOMENTS.start(info.width),
-        "others": _MOMENTS.start(info.width),
-        "topk": TOPK.start(info.width),
-    }
+    """Return the states of a site over the base and more segments, merged in their order."""
+    states = states_of(store, info)
+    merged = {state: FOLDS[STATES[state]].start(info.width) for state in states}
     if base is not None:
-        name = f"{base.folder}/moments.npz"
-        store.verifier.check({name: base.files[name]})
-        with np.load(store.path / name, allow_pickle=False) as arrays:
-            for state in ("moments", "others"):
-                merged[state] = unpack(arrays, info.site, state)
-        merged["topk"] = read_lists(store, base, info)
+        reader = GenerationReader(store, base)
+        lists = reader.lists(info)
+        merged["topk"] = TopKState(lists["top"], lists["bottom"])
+        merged["window_top"] = lists["window"]
+        for state in states:
+            if state not in ("topk", "window_top"):
+                merged[state] = reader.state(info, state)
     for segment in segments:
         with PartialReader(store, segment, "folds") as partial:
-            for state in STATES:
-                fold = FOLDS["topk" if state == "topk" else "moments"]
+            for state in states:
+                fold = FOLDS[STATES[state]]
                 merged[state] = fold.merge(merged[state], unpack(partial, info.site, state))
     return merged
 
 
 def _neurons(info: SiteInfo, merged: dict[str, Any]) -> pa.Table:
     site = info.site
-    others = _MOMENTS.finish(merged["others"])
+    moments, others = _MOMENTS.finish(merged["moments"]), _MOMENTS.finish(merged["others"])
+    quantiles = _HISTOGRAM.finish(merged["histogram"])
     statistics = {
-        **_MOMENTS.finish(merged["moments"]),
+        **moments,
+        # A bin may reach beyond the values that are in it.
+        **{n: np.clip(x, moments["min"], moments["max"]) for n, x in quantiles.items()},
         **{f"other_{name}": others[name] for name in ("n", "mean", "std", "min", "max")},
     }
     return pa.table(
@@ -165,6 +163,80 @@ def _neurons(info: SiteInfo, merged: dict[str, Any]) -> pa.Table:
             "neuron": pa.array(np.arange(info.width), pa.int32()),
             # What no value defines is null: readers believe Parquet's minima, which leave NaN out.
             **{name: pa.array(column, from_pandas=True) for name, column in statistics.items()},
+        }
+    )
+
+
+class _GenerationWriter:
+    """Writes the files of a generation and remembers their facts."""
+
+    def __init__(self, store: CoreStore, folder: Path) -> None:
+        self._store = store
+        self._folder = folder
+        self.files: dict[str, FileFacts] = {}
+        """The facts of what was written, by path inside the store."""
+
+    def write_site(self, info: SiteInfo, merged: dict[str, Any], exemplars: pa.Table) -> None:
+        """Write what a site has files of its own for."""
+        site = info.site
+        self.table(exemplars_name(site), exemplars)
+        histograms = _histograms(merged["histogram"])
+        self.table(site_file(site, "histograms", "histograms.parquet"), histograms)
+        zones: ZonesState = merged["zones"]
+        self.array(site_file(site, "zones", "zones.npy"), zones.extremes.transpose(2, 0, 1))
+        sample = SAMPLE.to_arrays(merged["sample"])
+        self.array(site_file(site, "samples", "values.npy"), sample["values"])
+        if "gram" in merged:
+            self.arrays(
+                site_file(site, "grams", "gram.npz"), FOLDS["gram"].to_arrays(merged["gram"])
+            )
+        # The same at all sites of a space.
+        meta = self._store.meta
+        segments = zones.first_row_ids // meta.segment_rows
+        bands = zones.first_row_ids % meta.segment_rows // meta.chunk_rows
+        bands_name = space_file(site.space, "zones", "bands.npy")
+        if f"{self._prefix}{bands_name}" not in self.files:
+            self.array(bands_name, np.stack([segments, bands], axis=1).astype(np.int32))
+            self.array(space_file(site.space, "samples", "row_ids.npy"), sample["row_ids"])
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self._folder.relative_to(self._store.path)}/"
+
+    def _path(self, name: str) -> Path:
+        path = self._folder / name
+        durable.make_folder(path.parent)
+        return path
+
+    def table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet table; of one with many rows a neuron's are in one group or two."""
+        self.files[self._prefix + name] = durable.write_table(self._path(name), table, _GROUP_ROWS)
+
+    def arrays(self, name: str, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Write named arrays."""
+        self.files[self._prefix + name] = durable.write_arrays(self._path(name), arrays)
+
+    def array(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Write one array, which readers may map into memory."""
+        path = self._path(name)
+        partial = durable.partial_of(path)
+        with partial.open("wb") as file:
+            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+        self.files[self._prefix + name] = FileFacts.of(partial)
+        durable.publish(partial, path)
+
+
+def _histograms(state: HistogramState) -> pa.Table:
+    """Return the bins that hold something, in the order of neuron and value."""
+    neurons, bins = np.nonzero(state.counts)
+    low, high = bin_edges()
+    return pa.table(
+        {
+            "neuron": pa.array(neurons, pa.int32()),
+            "bin": pa.array(bins, pa.int32()),
+            "low": low[bins],
+            "high": high[bins],
+            "n": state.counts[neurons, bins],
         }
     )
 
@@ -193,30 +265,33 @@ def _tokens(
 
 
 def _exemplars(
-    store: CoreStore, base: Generation | None, info: SiteInfo, lists: TopKState
+    store: CoreStore, base: Generation | None, info: SiteInfo, merged: dict[str, Any]
 ) -> pa.Table:
-    pieces = []
-    for side, ranked in (("top", lists.top), ("bottom", lists.bottom)):
-        neurons, places = np.nonzero(ranked.taken)
-        pieces.append(
-            pa.table(
-                {
-                    "neuron": pa.array(neurons, pa.int32()),
-                    "side": pa.repeat(side, len(neurons)),
-                    "rank": pa.array(places + 1, pa.int32()),
-                    "row_id": ranked.row_ids[neurons, places],
-                    "value": ranked.values[neurons, places],
-                }
-            )
-        )
-    table = pa.concat_tables(pieces)
-    row_ids = table.column("row_id").to_numpy()
-    unique, places = np.unique(row_ids, return_inverse=True)
-    tokens = _tokens(store, base, info, unique).take(places)
-    for name in _COLUMNS:
-        table = table.append_column(name, tokens.column(name))
-    # Sorted so that one neuron's list is one short stretch of the file.
-    order = pc.sort_indices(
-        table, sort_keys=[("neuron", "ascending"), ("side", "descending"), ("rank", "ascending")]
+    lists: TopKState = merged["topk"]
+    # In descending order of their names: one neuron's lists are one short stretch of the file.
+    sides: dict[str, Ranked] = {
+        "window": merged["window_top"],
+        "top": lists.top,
+        "bottom": lists.bottom,
+    }
+    taken = np.stack([ranked.taken for ranked in sides.values()], axis=1)
+    neurons, numbers, places = np.nonzero(taken)
+    row_ids = np.stack([ranked.row_ids for ranked in sides.values()], axis=1)[taken]
+    values = np.stack([ranked.values for ranked in sides.values()], axis=1)[taken]
+    # A row stands in many lists: hashing finds the different ones in half the time of sorting.
+    encoded = pa.array(row_ids).dictionary_encode()
+    unique = encoded.dictionary.to_numpy()
+    rank = np.empty(len(unique), np.int64)
+    rank[np.argsort(unique)] = np.arange(len(unique))
+    tokens = _tokens(store, base, info, np.sort(unique)).take(rank[encoded.indices.to_numpy()])
+    return pa.table(
+        {
+            "neuron": pa.array(neurons, pa.int32()),
+            "side": pa.array(list(sides)).take(pa.array(numbers)),
+            "rank": pa.array(places + 1, pa.int32()),
+            "row_id": row_ids,
+            "value": values,
+            **{name: tokens.column(name) for name in _COLUMNS},
+        },
+        schema=EXEMPLARS,
     )
-    return table.take(order).combine_chunks().cast(EXEMPLARS)

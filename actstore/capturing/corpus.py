@@ -41,6 +41,38 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else its source said of it."""
 
+    def check(self) -> None:
+        """Raise `CorpusError` if the text is no Unicode: it breaks tokenizers and files alike."""
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise CorpusError(
+                f"document {self.source!r} holds a lone surrogate "
+                f"(U+{ord(self.text[error.start]):04X} at character {error.start:,}), which no "
+                "text file can. Replace it: text.encode('utf-8', 'replace').decode()."
+            ) from None
+
+    def plain_source(self) -> str:
+        """Return the source as it can be written to a file."""
+        return self.source.encode("utf-8", "replace").decode()
+
+    def metadata_json(self) -> str:
+        """Return the metadata as a JSON object.
+
+        Raises
+        ------
+        CorpusError
+            If JSON cannot hold it.
+        """
+        try:
+            text = json.dumps(self.metadata, ensure_ascii=False, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CorpusError(
+                f"the metadata of document {self.source!r} cannot be written as JSON: {error}. "
+                "Give plain values under string keys."
+            ) from None
+        return text.encode("utf-8", "replace").decode()
+
 
 class Corpus(Protocol):
     """Documents in a fixed order, and what tells this corpus from another."""
@@ -230,11 +262,14 @@ class Files:
     """What to do with bytes that do not decode, as in `open`."""
 
     def describe(self) -> dict[str, Any]:
-        """Return name, size and checksum of both ends of every file."""
+        """Return name, size and checksum of both ends of every file.
+
+        What to do with bytes that do not decode is not part of it: errors="replace" goes on with a
+        corpus that "strict" broke off, and what was read until then is the same.
+        """
         return {
             "kind": "files",
             "encoding": self.encoding,
-            "errors": self.errors,
             "files": [_describe_file(path) for path in self.paths],
         }
 
@@ -298,7 +333,13 @@ class Files:
                 f"{path} has no column 'text'; it has {', '.join(file.schema_arrow.names)}."
             )
         number = 0
-        for batch in _readable(path, file.iter_batches(batch_size=256)):
+        # Asked for all row groups at once, Arrow holds on to what it has read of them.
+        batches = (
+            batch
+            for group in range(file.num_row_groups)
+            for batch in file.iter_batches(256, row_groups=[group], use_threads=False)
+        )
+        for batch in _readable(path, batches):
             for item in batch.to_pylist():
                 yield _as_document(item, number, f"{self._source(path)}:{number}")
                 number += 1

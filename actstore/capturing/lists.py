@@ -1,14 +1,17 @@
 """The folds' states on disk: in partials of segments and in generations of the index.
 
-`RunningLists` holds the top-k lists of the committed segments below the one being captured; their
-last values are the thresholds of its pass.  Nothing uncommitted ever enters, so a crash cannot
-leave a threshold behind that no list justifies.
+A partial holds the states of all sites as they are packed here.  A generation holds each once, in
+the form that queries read, from which the state comes back without loss; `read_states` does that.
+
+`RunningLists` holds the lists and the sampled rows of the committed segments below the one being
+captured; their last places are the thresholds of its pass.  Nothing uncommitted ever enters, so a
+crash cannot leave a threshold behind that no list justifies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +19,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actstore.errors import DamagedFile
-from actstore.folds import FOLDS, TopK
-from actstore.folds.topk import Ranked, Thresholds, TopKState
+from actstore.folds import FOLDS, Sample, TopK, WindowTop
+from actstore.folds.cpu import SiteFolds, SiteThresholds
+from actstore.folds.histogram import HistogramState
+from actstore.folds.sample import SampleState
+from actstore.folds.topk import Ranked, TopKState, empty_list
+from actstore.folds.zones import ZonesState
 from actstore.site import Site
 from actstore.store import CoreStore, Generation, SiteInfo
 from actstore.store.segment_writer import PartialReader
 
+Int64 = npt.NDArray[np.int64]
+
 TOPK: TopK = TopK()
 """The lists every capture keeps."""
+
+WINDOW_TOP: WindowTop = WindowTop(TOPK.k)
+"""The list over windows that every capture keeps."""
+
+SAMPLE: Sample = Sample()
+"""The sample every capture draws."""
 
 EXEMPLARS = pa.schema(
     [
@@ -37,73 +52,173 @@ EXEMPLARS = pa.schema(
         ("token_id", pa.int32()),
     ]
 )
-"""A place in the list of a neuron: side ``top`` or ``bottom``, rank from 1."""
+"""A place in a list of a neuron: side ``top``, ``bottom`` or ``window``, rank from 1."""
 
-STATES = ("moments", "others", "topk")
-"""What a partial holds of each site: moments of content rows, of the others, and the lists."""
+STATES = {
+    "moments": "moments",
+    "others": "moments",
+    "topk": "topk",
+    "window_top": "window_top",
+    "histogram": "histogram",
+    "zones": "zones",
+    "sample": "sample",
+    "gram": "gram",
+}
+"""What a partial holds of each site, and the fold it is a state of; ``others`` are the moments of
+special and first rows, ``gram`` is there where it was asked for."""
+
+
+def pack_site(site: Site, folds: SiteFolds) -> dict[str, npt.NDArray[Any]]:
+    """Return the states of a site as named arrays, the names telling site, state and field."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for state in STATES:
+        value = getattr(folds, "moments_others" if state == "others" else state)
+        if value is not None:
+            arrays |= pack(site, state, value)
+    return arrays
 
 
 def pack(site: Site, state: str, value: Any) -> dict[str, npt.NDArray[Any]]:
     """Return a state as named arrays, the name telling site, state and field."""
-    fold = FOLDS["topk" if state == "topk" else "moments"]
-    return {f"{site}/{state}/{key}": array for key, array in fold.to_arrays(value).items()}
+    arrays = FOLDS[STATES[state]].to_arrays(value)
+    return {f"{site}/{state}/{key}": array for key, array in arrays.items()}
 
 
 def unpack(arrays: Mapping[str, npt.NDArray[Any]], site: Site, state: str) -> Any:
     """Return the state that `pack` packed."""
     prefix = f"{site}/{state}/"
-    fold = FOLDS["topk" if state == "topk" else "moments"]
     names = [name for name in arrays if name.startswith(prefix)]
+    fold = FOLDS[STATES[state]]
     return fold.from_arrays({name.removeprefix(prefix): arrays[name] for name in names})
+
+
+def states_of(store: CoreStore, info: SiteInfo) -> list[str]:
+    """Return the states a site has."""
+    return [state for state in STATES if state != "gram" or str(info.site) in store.meta.grams]
+
+
+def site_file(site: Site, kind: str, file: str) -> str:
+    """Return the path of a file of a site inside a generation."""
+    space = f"space={site.space}/" if site.space else ""
+    return f"{kind}/{space}hook={site.hook}/layer={site.layer}/{file}"
 
 
 def exemplars_name(site: Site) -> str:
     """Return the path of a site's exemplars inside a generation."""
-    space = f"space={site.space}/" if site.space else ""
-    return f"exemplars/{space}hook={site.hook}/layer={site.layer}/exemplars.parquet"
+    return site_file(site, "exemplars", "exemplars.parquet")
+
+
+def space_file(space: str, kind: str, file: str) -> str:
+    """Return the path of a file of all sites of a space inside a generation."""
+    return f"{kind}/space={space}/{file}" if space else f"{kind}/{file}"
+
+
+class GenerationReader:
+    """Reads states back from a generation, each file checked before its first use."""
+
+    def __init__(self, store: CoreStore, generation: Generation) -> None:
+        self._store = store
+        self._generation = generation
+
+    def _path(self, name: str) -> str:
+        full = f"{self._generation.folder}/{name}"
+        self._store.verifier.check({full: self._generation.files[full]})
+        return str(self._store.path / full)
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = np.load(self._path(name), allow_pickle=False)
+        return array
+
+    def state(self, info: SiteInfo, state: str) -> Any:
+        """Return a state of a site; of lists use `lists`, which reads their table once."""
+        site = info.site
+        if state == "histogram":
+            table = pq.read_table(self._path(site_file(site, "histograms", "histograms.parquet")))
+            found: HistogramState = FOLDS["histogram"].start(info.width)
+            neurons, bins, n = (table.column(c).to_numpy() for c in ("neuron", "bin", "n"))
+            found.counts[neurons, bins] = n
+            return found
+        if state == "zones":
+            bands = self._array(space_file(site.space, "zones", "bands.npy")).astype(np.int64)
+            meta = self._store.meta
+            first = bands[:, 0] * meta.segment_rows + bands[:, 1] * meta.chunk_rows
+            zones = self._array(site_file(site, "zones", "zones.npy"))
+            return ZonesState(first, np.ascontiguousarray(zones.transpose(1, 2, 0)))
+        if state == "sample":
+            values = self._array(site_file(site, "samples", "values.npy"))
+            return SAMPLE.from_arrays({"row_ids": self.sampled(site.space), "values": values})
+        if state == "gram":
+            with np.load(self._path(site_file(site, "grams", "gram.npz"))) as arrays:
+                return FOLDS["gram"].from_arrays(arrays)
+        with np.load(self._path("moments.npz")) as arrays:
+            return unpack(arrays, site, state)
+
+    def sampled(self, space: str) -> Int64:
+        """Return the rows of the sample of a space."""
+        return self._array(space_file(space, "samples", "row_ids.npy"))
+
+    def lists(self, info: SiteInfo) -> dict[str, Ranked]:
+        """Return the lists of a site by their side."""
+        table = pq.read_table(self._path(exemplars_name(info.site)))
+        sides = table.column("side").to_numpy(zero_copy_only=False)
+        neurons = table.column("neuron").to_numpy()
+        ranks = table.column("rank").to_numpy() - 1
+        row_ids, values = table.column("row_id").to_numpy(), table.column("value").to_numpy()
+        lists = {}
+        for side in ("top", "bottom", "window"):
+            mine = sides == side
+            ranked = empty_list(info.width, TOPK.k)
+            ranked.values[neurons[mine], ranks[mine]] = values[mine]
+            ranked.row_ids[neurons[mine], ranks[mine]] = row_ids[mine]
+            ranked.counts[:] = np.bincount(neurons[mine], minlength=info.width)
+            lists[side] = ranked
+        return lists
 
 
 def read_lists(store: CoreStore, generation: Generation, info: SiteInfo) -> TopKState:
-    """Return the lists of a site as a generation holds them."""
-    name = f"{generation.folder}/{exemplars_name(info.site)}"
-    store.verifier.check({name: generation.files[name]})
-    table = pq.read_table(store.path / name)
-    sides = table.column("side").to_numpy(zero_copy_only=False)
-    neurons = table.column("neuron").to_numpy()
-    ranks = table.column("rank").to_numpy() - 1
-    row_ids, values = table.column("row_id").to_numpy(), table.column("value").to_numpy()
-    lists = []
-    for side in ("top", "bottom"):
-        mine = sides == side
-        empty = np.full((info.width, TOPK.k), np.nan, dtype=np.float32)
-        ids = np.full((info.width, TOPK.k), -1, dtype=np.int64)
-        empty[neurons[mine], ranks[mine]] = values[mine]
-        ids[neurons[mine], ranks[mine]] = row_ids[mine]
-        counts = np.bincount(neurons[mine], minlength=info.width).astype(np.int32)
-        lists.append(Ranked(empty, ids, counts))
-    return TopKState(*lists)
+    """Return the top and bottom lists of a site as a generation holds them."""
+    lists = GenerationReader(store, generation).lists(info)
+    return TopKState(lists["top"], lists["bottom"])
+
+
+class SiteLists(NamedTuple):
+    """What thresholds at a site come from."""
+
+    topk: TopKState
+    """The top and bottom lists."""
+    window_top: Ranked
+    """The list over windows."""
+    sampled: Int64
+    """The rows of the sample."""
 
 
 class RunningLists:
     """The merged lists of committed segments, in ascending order of segments.
 
-    Memory: 24 bytes x k a neuron over all sites.
+    Memory: 36 bytes x k a neuron over all sites.
     """
 
     def __init__(self, store: CoreStore) -> None:
         self._store = store
-        self._states: dict[Site, TopKState] = {}
+        self._states: dict[Site, SiteLists] = {}
         self.relied_on: list[int] = []
         self._start()
 
     def _start(self) -> None:
         generation = self._store.prefix_index()
         for info in self._store.meta.sites:
-            self._states[info.site] = (
-                read_lists(self._store, generation, info)
-                if generation is not None
-                else TOPK.start(info.width)
-            )
+            if generation is None:
+                self._states[info.site] = SiteLists(
+                    TOPK.start(info.width), WINDOW_TOP.start(info.width), np.empty(0, np.int64)
+                )
+            else:
+                reader = GenerationReader(self._store, generation)
+                lists = reader.lists(info)
+                self._states[info.site] = SiteLists(
+                    TopKState(lists["top"], lists["bottom"]),
+                    lists["window"],
+                    reader.sampled(info.site.space),
+                )
         self.relied_on = list(generation.covers) if generation is not None else []
 
     def _unknown(self, segment: int) -> list[int]:
@@ -121,7 +236,14 @@ class RunningLists:
                 continue
             try:
                 with PartialReader(self._store, unknown[0], "folds") as partial:
-                    lists = {site: unpack(partial, site, "topk") for site in self._states}
+                    lists = {
+                        site: SiteLists(
+                            unpack(partial, site, "topk"),
+                            unpack(partial, site, "window_top"),
+                            partial[f"{site}/sample/row_ids"],
+                        )
+                        for site in self._states
+                    }
             except DamagedFile:
                 newer = self._store.prefix_index()
                 if newer is None or unknown[0] not in newer.covers:
@@ -129,14 +251,37 @@ class RunningLists:
                 continue  # a compaction took it just now
             self.add(unknown[0], lists)
 
-    def add(self, segment: int, lists: Mapping[Site, TopKState]) -> None:
+    def add(self, segment: int, lists: Mapping[Site, SiteLists]) -> None:
         """Take in the lists of a segment that has just been committed, once."""
         if segment in self.relied_on:
             return  # another process has compacted it meanwhile: it came with the generation
-        for site, state in lists.items():
-            self._states[site] = TOPK.merge(self._states[site], state)
+        for site, new in lists.items():
+            old = self._states[site]
+            self._states[site] = SiteLists(
+                TOPK.merge(old.topk, new.topk),
+                WINDOW_TOP.merge(old.window_top, new.window_top),
+                _without_values(old.sampled, new.sampled),
+            )
         self.relied_on.append(segment)
 
-    def thresholds(self) -> dict[Site, Thresholds]:
-        """Return what a value must reach at each site to enter the lists."""
-        return {site: TOPK.thresholds(state) for site, state in self._states.items()}
+    def thresholds(self) -> dict[Site, SiteThresholds]:
+        """Return what a value must reach at each site to enter the lists, and a row the sample."""
+        # The same rows are sampled at all sites of a space.
+        sampled = {site.space: state.sampled for site, state in self._states.items()}
+        limits = {space: SAMPLE.threshold(row_ids) for space, row_ids in sampled.items()}
+        return {
+            site: SiteThresholds(
+                TOPK.thresholds(state.topk),
+                WINDOW_TOP.thresholds(state.window_top),
+                limits[site.space],
+            )
+            for site, state in self._states.items()
+        }
+
+
+def _without_values(*parts: Int64) -> Int64:
+    """Return the rows of the sample of disjoint rows."""
+    none = SAMPLE.start(0)
+    for row_ids in parts:
+        none = SAMPLE.merge(none, SampleState(row_ids, np.empty((len(row_ids), 0), np.float16)))
+    return none.row_ids

@@ -5,9 +5,12 @@ segments of at most S rows in the order of the corpus, and inside a segment stan
 first, so that batches of neighbouring windows need little padding.  The row of every token follows
 from that alone: whoever captures a segment, in whatever order, writes the same rows.
 
-The plan is published in parts of about a million rows, each ending with a document.  A part is
-a fact: after it exists its documents are not read again, and an interrupted plan goes on after
-the last one.
+The plan is published in parts, each ending with a document: small ones first, so that the model can
+begin, then of about a million rows.  A part is a fact: after it exists its documents are not read
+again, and an interrupted plan goes on after the last one.
+
+The last part of a corpus says that it is complete.  Parts behind it belong to documents that were
+added to the store later: they begin a new segment, and nothing before them changes.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +30,9 @@ import pyarrow as pa
 
 from actstore import durable
 from actstore.capturing.corpus import Corpus, Document
-from actstore.errors import CorpusError, StoreMismatch
+from actstore.capturing.shuffled import Shuffled
+from actstore.durable import FileFacts
+from actstore.errors import StoreMismatch
 from actstore.models import Encoded, LanguageModel
 from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment, StoreMeta
 from actstore.store.budget import Progress
@@ -34,7 +41,18 @@ from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKENS, WINDOWS
 PART_ROWS = 1 << 20
 """A part ends with the first document that brings it to this many rows, or with the corpus."""
 
+FIRST_PART_ROWS = 1 << 15
+"""The same for the first part of a corpus; each next one may be twice as large, up to the above."""
+
+ORDERS = ("corpus", "shuffled")
+"""Orders that documents can be planned in: as they come, or uniformly permuted."""
+
 _BATCH_CHARS = 1 << 20
+_TABLES = {
+    "documents": (DOCUMENTS, DOCUMENT_GROUP),
+    "windows": (WINDOWS, durable.ROW_GROUP_ROWS),
+    "tokens": (TOKENS, durable.ROW_GROUP_ROWS),
+}
 
 Ints = npt.NDArray[np.int64]
 
@@ -146,12 +164,24 @@ def cut_corpus(
     meta: StoreMeta,
     limits: Limits,
     first: int = 0,
+    n_done: int = 0,
     rows_done: int = 0,
+    beside: bool = False,
 ) -> Iterator[CutDocument]:
-    """Yield the documents from number `first` on, cut into windows, as far as they are wanted."""
+    """Yield the documents of a corpus, cut into windows, as far as they are wanted.
+
+    Parameters
+    ----------
+    first : int
+        Number in the store of the first document that is yielded.
+    n_done, rows_done : int
+        Documents of the corpus that are passed over, and the rows they took of the limits.
+    beside : bool
+        Tokenise on one core, as another thread runs the model on the others.
+    """
     n_special = len(model.prefix_ids) + len(model.suffix_ids)
-    documents = itertools.islice(corpus, first, None)
-    for number, document, encoded in encode_documents(documents, first, model):
+    documents = itertools.islice(corpus, n_done, None)
+    for number, document, encoded in encode_documents(documents, first, model, beside):
         left = None if limits.max_tokens is None else limits.max_tokens - rows_done
         if left is not None and left <= n_special:
             return  # no further window fits
@@ -162,22 +192,64 @@ def cut_corpus(
         rows_done += sum(window.rows for window in windows)
 
 
+class _TableFile:
+    """A Parquet file of a part, written as whole row groups come together."""
+
+    def __init__(self, path: Path, schema: pa.Schema, group_rows: int) -> None:
+        durable.make_folder(path.parent)
+        self._writer = durable.TableWriter(path, schema, group_rows)
+        self._group_rows = group_rows
+        self._waiting = [schema.empty_table()]
+        self._n_waiting = self._n_written = 0
+
+    def add(self, table: pa.Table) -> None:
+        self._waiting.append(table)
+        self._n_waiting += table.num_rows
+        if whole := self._n_waiting // self._group_rows * self._group_rows:
+            self._write(whole)
+
+    def finish(self) -> FileFacts:
+        if self._n_waiting or not self._n_written:
+            self._write(self._n_waiting)
+        return self._writer.finish()
+
+    def abandon(self) -> None:
+        self._writer.abandon()
+
+    def _write(self, n_rows: int) -> None:
+        table = pa.concat_tables(self._waiting)
+        self._writer.write(table.slice(0, n_rows))
+        self._waiting = [table.slice(n_rows)]
+        self._n_waiting -= n_rows
+        self._n_written += n_rows
+
+
 @dataclass
 class _PartBuilder:
-    """Gathers the documents, windows and segments of one part."""
+    """Gathers the documents, windows and segments of one part.
+
+    Texts and tokens go to their files as they come: memory is that of a segment, a row group and
+    the windows' places.
+    """
 
     store: CoreStore
     part: int
     first_segment: int
     first_window: int
-    documents: list[dict[str, Any]] = field(default_factory=list)
+    wanted_rows: int
+    n_documents: int = 0
     segments: list[Segment] = field(default_factory=list)
     n_windows: int = 0
     n_rows: int = 0
     _open: list[Window] = field(default_factory=list)
     _open_rows: int = 0
-    _tokens: list[pa.Table] = field(default_factory=list)
+    _files: dict[str, _TableFile] = field(default_factory=dict)
     _windows: list[pa.Table] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        # Documents count too: those without a token would fill the memory unseen.
+        return max(self.n_rows, self.n_documents) >= self.wanted_rows
 
     def add_document(self, cut: CutDocument) -> None:
         last_char = n_tokens = 0
@@ -187,15 +259,15 @@ class _PartBuilder:
             last_char = max(last_char, int(window.columns["char_end"].max()))
         # What was not tokenised is not part of the store's text.
         text = cut.document.text
-        self.documents.append(
-            {
-                "document": cut.number,
-                "source": cut.document.source.encode("utf-8", "replace").decode(),
-                "n_tokens": n_tokens,
-                "text": text if n_tokens == cut.n_encoded else text[:last_char],
-                "metadata": _metadata(cut.document),
-            }
-        )
+        row = {
+            "document": cut.number,
+            "source": cut.document.plain_source(),
+            "n_tokens": n_tokens,
+            "text": text if n_tokens == cut.n_encoded else text[:last_char],
+            "metadata": cut.document.metadata_json(),
+        }
+        self._file("documents").add(pa.Table.from_pylist([row], schema=DOCUMENTS))
+        self.n_documents += 1
 
     def add_window(self, window: Window) -> None:
         if self._open_rows + window.rows > self.store.meta.segment_rows:
@@ -214,7 +286,7 @@ class _PartBuilder:
         first_id = self.first_window + self.n_windows
         window_ids = np.arange(first_id, first_id + len(windows))
         documents = np.array([w.document for w in windows])
-        self._tokens.append(
+        self._file("tokens").add(
             pa.table(
                 {
                     "row_id": first_rows[0] + np.arange(self._open_rows),
@@ -250,40 +322,32 @@ class _PartBuilder:
         self.n_windows += len(windows)
         self._open, self._open_rows = [], 0
 
-    def publish(self, complete: bool, corpus: Mapping[str, Any]) -> Part:
+    def publish(self, complete: bool, corpus: Mapping[str, Any]) -> None:
         self.close_segment()
-        draft = Part(
-            self.part,
-            tuple(self.segments),
-            len(self.documents),
-            self.n_windows,
-            complete,
-            corpus,
-            {},
-        )
-        tables = {
-            "documents": pa.Table.from_pylist(self.documents, schema=DOCUMENTS),
-            "windows": pa.concat_tables([WINDOWS.empty_table(), *self._windows]),
-            "tokens": pa.concat_tables([TOKENS.empty_table(), *self._tokens]),
-        }
-        files = {}
-        for kind, table in tables.items():
-            name = draft.file(kind)
-            path = self.store.path / name
-            durable.make_folder(path.parent)
-            group = DOCUMENT_GROUP if kind == "documents" else durable.ROW_GROUP_ROWS
-            files[name] = durable.write_table(path, table, group)
-        part = Part(
-            self.part,
-            draft.segments,
-            draft.n_documents,
-            draft.n_windows,
-            complete,
-            corpus,
-            files,
-        )
-        self.store.publish_part(part)
-        return part
+        self._file("windows").add(pa.concat_tables([WINDOWS.empty_table(), *self._windows]))
+        # All of them are there, if only without a row.
+        files = {self._name(kind): self._file(kind).finish() for kind in _TABLES}
+        self.store.publish_part(self._part(complete, corpus, files))
+
+    def abandon(self) -> None:
+        """Leave nothing behind, if the part was not published."""
+        for file in self._files.values():
+            file.abandon()
+
+    def _part(
+        self, complete: bool, corpus: Mapping[str, Any], files: Mapping[str, FileFacts]
+    ) -> Part:
+        segments = tuple(self.segments)
+        return Part(self.part, segments, self.n_documents, self.n_windows, complete, corpus, files)
+
+    def _name(self, kind: str) -> str:
+        return self._part(False, {}, {}).file(kind)
+
+    def _file(self, kind: str) -> _TableFile:
+        if kind not in self._files:
+            path = self.store.path / self._name(kind)
+            self._files[kind] = _TableFile(path, *_TABLES[kind])
+        return self._files[kind]
 
 
 def make_plan(
@@ -293,64 +357,170 @@ def make_plan(
     limits: Limits,
     progress: Progress | None = None,
 ) -> None:
-    """Publish what is missing of the plan; nothing, if the plan of this corpus is complete.
+    """Publish what is missing of the plan; see `plan_parts`."""
+    for _ in plan_parts(store, model, corpus, limits, progress):
+        pass
+
+
+def plan_parts(
+    store: CoreStore,
+    model: LanguageModel,
+    corpus: Corpus,
+    limits: Limits,
+    progress: Progress | None = None,
+    *,
+    order: str = "corpus",
+    add: bool = False,
+    beside: bool = False,
+) -> Generator[int, None, None]:
+    """Publish what is missing of the plan part by part; nothing if this corpus is all planned.
+
+    Holds the right to plan from the first step until it is through or closed; memory is that of
+    one part.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Told the documents planned.
+    order : {"corpus", "shuffled"}
+        The order that documents are planned in; see `Shuffled`.
+    add : bool
+        Whether a corpus that the store does not have is added to those that are planned to their
+        end.
+    beside : bool
+        Tokenise on one core, as another thread runs the model on the others.
+
+    Returns
+    -------
+    iterator of int
+        The number of parts there are: when planning can begin, arrays and vocabulary being there,
+        and after each part.
 
     Raises
     ------
     StoreMismatch
-        If the store was planned from another corpus, or with other limits.
+        At once, if the store was planned from another corpus, or with other limits.
     CorpusError
-        If a document cannot be tokenised.
+        From the iterator, if a document cannot be read or tokenised.
     """
+    if order == "shuffled":
+        corpus = Shuffled(corpus, store.path / "work" / "shuffled")
     described = {
         **corpus.describe(),
         "max_tokens": limits.max_tokens,
         "max_document_tokens": limits.max_document_tokens,
     }
+    # What JSON does to tuples and keys must not look like a difference.
+    described = json.loads(json.dumps(described))
+    _unfinished(store, described, add)
+    return _publish_parts(store, model, corpus, limits, progress, described, add, beside)
+
+
+def _publish_parts(
+    store: CoreStore,
+    model: LanguageModel,
+    corpus: Corpus,
+    limits: Limits,
+    progress: Progress | None,
+    described: Mapping[str, Any],
+    add: bool,
+    beside: bool,
+) -> Generator[int, None, None]:
     with store.plan_lock():
         store.refresh()
-        _check_same_corpus(store, described)
+        done = _unfinished(store, described, add)
         # A crash between a part and what follows from it left that undone.
         store.grow_arrays()
         if not store.has_vocabulary:
             store.write_vocabulary(_vocabulary(model))
-        if store.plan_complete:
-            return
-        done = store.n_documents
-        rows_done = sum(s.rows[""] for s in store.planned.values())
-        builder = _next_part(store)
-        for cut in cut_corpus(corpus, model, store.meta, limits, done, rows_done):
-            # Published before the next document, not after the last: the end of the corpus and of
-            # the part are then one.
-            if builder.n_rows >= PART_ROWS:
-                builder.publish(False, described)
-                builder = _next_part(store)
-            builder.add_document(cut)
+        yield len(store.parts)
+        if done is not None:
+            n_done = sum(part.n_documents for part in done)
+            rows_done = sum(s.rows[""] for part in done for s in part.segments)
+            n_parts = len(done)
+            builder = _next_part(store, n_parts)
+            cuts = cut_corpus(
+                corpus, model, store.meta, limits, store.n_documents, n_done, rows_done, beside
+            )
+            try:
+                for cut in cuts:
+                    # Published before the next document, not after the last: the end of the corpus
+                    # and of the part are then one.
+                    if builder.full:
+                        builder.publish(False, described)
+                        yield len(store.parts)
+                        n_parts += 1
+                        builder = _next_part(store, n_parts)
+                    builder.add_document(cut)
+                    if progress:
+                        progress("plan", cut.number + 1, 0)
+                builder.publish(True, described)
+            finally:
+                builder.abandon()
             if progress:
-                progress("plan", cut.number + 1, 0)
-        builder.publish(True, described)
+                progress("plan", store.n_documents, store.n_documents)
+            yield len(store.parts)
+        if isinstance(corpus, Shuffled):
+            shutil.rmtree(corpus.folder, ignore_errors=True)
 
 
-def _next_part(store: CoreStore) -> _PartBuilder:
+def _next_part(store: CoreStore, n_before: int) -> _PartBuilder:
+    """Return the builder of the next part, given how many parts of the same corpus there are."""
     return _PartBuilder(
         store,
         len(store.parts),
         max(store.planned, default=-1) + 1,
         sum(part.n_windows for part in store.parts),
+        part_rows(n_before),
     )
 
 
-def _check_same_corpus(store: CoreStore, described: Mapping[str, Any]) -> None:
-    if not store.parts:
-        return
-    # What JSON does to tuples and keys must not look like a difference.
-    new = json.loads(json.dumps(described))
-    if found := _difference("", dict(store.parts[0].corpus), new):
-        what, was, now = found
-        raise StoreMismatch(
-            f"{store.path} was planned from another corpus: {what} was {_short(was)}, now it is "
-            f"{_short(now)}. Give the same corpus and limits to go on with it, or name a new store."
-        )
+def part_rows(n_before: int) -> int:
+    """Return the rows that end a part, given how many parts of the same corpus there are."""
+    return min(PART_ROWS, FIRST_PART_ROWS << min(n_before, 32))
+
+
+def additions(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts of each corpus of a store: the one it was made from, and those added."""
+    found: list[list[Part]] = []
+    for part in parts:
+        if not found or found[-1][-1].complete:
+            found.append([])
+        found[-1].append(part)
+    return found
+
+
+def _unfinished(store: CoreStore, described: Mapping[str, Any], add: bool) -> list[Part] | None:
+    """Return the parts there are of a corpus that is not all planned; None if it is.
+
+    Raises
+    ------
+    StoreMismatch
+        If the corpus is not the store's and cannot be added to it.
+    """
+    there = additions(store.parts)
+    for parts in there:
+        if parts[0].corpus == described:
+            return None if parts[-1].complete else parts
+    if not there:
+        return []
+    complete = there[-1][-1].complete
+    if add and complete:
+        return []
+    found = _difference("", dict(there[-1][0].corpus), described)
+    assert found is not None
+    what, was, now = found
+    remedy = (
+        "Give the same corpus and limits to go on with it, add=True (--add) to add these documents "
+        "to it, or name a new store."
+        if complete
+        else "It is not planned to its end: give the same corpus and limits to go on with it, and "
+        "add others then with add=True (--add); or name a new store."
+    )
+    raise StoreMismatch(
+        f"{store.path} was planned from another corpus: {what} was {_short(was)}, now it is "
+        f"{_short(now)}. {remedy}"
+    )
 
 
 def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
@@ -370,18 +540,6 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
     return (name, old, new) if old != new else None
 
 
-def _metadata(document: Document) -> str:
-    """Return the metadata of a document as JSON."""
-    try:
-        text = json.dumps(document.metadata, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CorpusError(
-            f"the metadata of document {document.source!r} cannot be written as JSON: {error}. "
-            "Give plain values under string keys."
-        ) from None
-    return text.encode("utf-8", "replace").decode()
-
-
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 120 else text[:117] + "…"
@@ -393,25 +551,21 @@ def _vocabulary(model: LanguageModel) -> pa.Table:
 
 
 def encode_documents(
-    documents: Iterator[Document], first: int, model: LanguageModel
+    documents: Iterator[Document], first: int, model: LanguageModel, beside: bool = False
 ) -> Iterator[tuple[int, Document, Encoded]]:
-    """Yield numbered documents with their tokens, several tokenised at once."""
+    """Yield documents with their tokens, numbered from `first`.
+
+    Several are tokenised at once on all cores; with `beside` one after the other, on one.
+    """
     waiting: list[Document] = []
     chars = 0
 
     def flush() -> Iterator[tuple[int, Document, Encoded]]:
         nonlocal waiting, chars, first
         for document in waiting:
-            try:
-                document.text.encode()
-            except UnicodeEncodeError as error:
-                raise CorpusError(
-                    f"document {document.source!r} holds a lone surrogate "
-                    f"(U+{ord(document.text[error.start]):04X} at character {error.start:,}), "
-                    "which no text file can. Replace it: "
-                    "text.encode('utf-8', 'replace').decode()."
-                ) from None
-        encoded = model.encode_batch([document.text for document in waiting])
+            document.check()
+        texts = [document.text for document in waiting]
+        encoded = map(model.encode, texts) if beside else model.encode_batch(texts)
         yield from zip(itertools.count(first), waiting, encoded, strict=False)
         first += len(waiting)
         waiting, chars = [], 0
@@ -419,7 +573,7 @@ def encode_documents(
     for document in documents:
         waiting.append(document)
         chars += len(document.text)
-        if chars >= _BATCH_CHARS:
+        if beside or chars >= _BATCH_CHARS:
             yield from flush()
     if waiting:
         yield from flush()

@@ -8,12 +8,15 @@ disk space.
 from __future__ import annotations
 
 import errno
+import math
 import platform
 import tempfile
+import time
 import uuid
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,16 +24,20 @@ from typing import Any
 
 import torch
 
+from actstore.capturing.cluster import Alone, Cluster, Share, Workers
 from actstore.capturing.compact import compact
 from actstore.capturing.corpus import Corpus, open_corpus
-from actstore.capturing.plan import Limits, encode_documents, make_plan
-from actstore.capturing.worker import OnFault, Timing, Worker, affordable_bands, list_bytes
+from actstore.capturing.keep import choose_keeps, describe_keeps, named_keeps
+from actstore.capturing.plan import Limits, encode_documents
+from actstore.capturing.read_ahead import ReadAhead
+from actstore.capturing.worker import OnFault, Timing, affordable_bands, list_bytes
 from actstore.errors import ArgumentError, CorpusError, NotEnoughDisk, StoreMismatch, StoreNotFound
 from actstore.models import LanguageModel, load
 from actstore.shard import ShardLayout
-from actstore.site import Site, summarize
+from actstore.site import Site, select, summarize
 from actstore.store import CoreStore, SiteInfo, StoreMeta, is_vacant
 from actstore.store.budget import Progress, parse_budget
+from actstore.store.stored_rows import is_sample, keep_text
 
 SEGMENT_BYTES = 512 * 2**20
 """A segment takes at most this, or an eighth of the budget if that is more."""
@@ -40,11 +47,14 @@ DEFAULT_SITES = ("mlp_post", "resid_pre.0", "resid_post")
 
 DTYPES = ("auto", "float16", "float32", "bfloat16")
 
+_LEAST_ROWS = 4_096
+_SEGMENT_BANDS = 16
 _PROBE_TOKENS = 1024
 _FLOAT16_SAFE = 1000.0
 _DEFAULT_CONTEXT = 512
-_COMPACT_EVERY = 64
-_LIST_BYTES = 10_000
+COMPACT_EVERY = 64
+_INDEX_BYTES = 14_000  # a column, in two generations of the index
+_PARTIAL_BYTES = 900  # a column, in the partials of a segment
 _NO_TOKEN = "the corpus holds no token; give one with text in it."
 
 
@@ -64,23 +74,35 @@ class Settings:
     """Tokens of one forward pass, padding counted; default 4,096, less where memory is short."""
     limits: Limits = field(default_factory=Limits)
     """How much of the corpus is wanted."""
+    keep: str | float | Mapping[str, str | float] | None = None
+    """What part of the rows is stored, of all sites or by site: see `named_keeps`; default all,
+    or a sample where that would take too much: see `choose_keeps`."""
+    grams: tuple[str, ...] = ()
+    """Captured sites or patterns whose Gram matrix is folded; 8 bytes x width**2 each on disk."""
 
 
 def _pow2_up(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def segment_rows(row_bytes: int, budget: int, context: int) -> int:
-    """Return S: the largest power of two in 4,096 … 65,536 whose segment is not too large."""
+def segment_rows(row_bytes: float, budget: int, context: int) -> int:
+    """Return S: the largest power of two in 4,096 … 65,536 whose segment is not too large.
+
+    What counts are the bytes that are stored of a row, on average.
+    """
     limit = max(SEGMENT_BYTES, budget // 8)
     size = 65_536
-    while size > 4_096 and size * row_bytes > limit:
+    while size > _LEAST_ROWS and size * row_bytes > limit:
         size //= 2
     return max(size, _pow2_up(8 * context))
 
 
-def chunk_rows(rows: int, affordable_rows: int, text_bytes: int | None) -> int:
+def chunk_rows(
+    rows: int, affordable_rows: int, text_bytes: int | None, sampled: float = 0.0
+) -> int:
     """Return the rows of a chunk: 4,096, less where bands would not fit or texts are short.
+
+    Sites that keep a sample need a band more; they are the part `sampled` of a row's bytes.
 
     A text has at most as many tokens as bytes, and a chunk is written whole: one prompt should not
     take the space of four thousand rows.
@@ -88,15 +110,15 @@ def chunk_rows(rows: int, affordable_rows: int, text_bytes: int | None) -> int:
     size = min(4_096, rows)
     if text_bytes is not None:
         size = min(size, max(64, _pow2_up(text_bytes + text_bytes // 8 + 64)))
-    while size > 64 and 4 * size > affordable_rows:
+    while size > 64 and (4 + sampled) * size > affordable_rows:
         size //= 2
     return size
 
 
-def batch_rows(chunk: int, affordable_rows: int, context: int) -> int:
+def batch_rows(chunk: int, affordable_rows: int, context: int, sampled: float = 0.0) -> int:
     """Return the tokens of a batch: 4,096, less where they and two bands would not fit."""
     size = 4_096
-    while size > context and size + 2 * chunk > affordable_rows:
+    while size > context and size + (2 + sampled) * chunk > affordable_rows:
         size //= 2
     return max(size, context)
 
@@ -189,10 +211,19 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
         SiteInfo(site, points[site].module, points[site].side, points[site].width, dtypes[site])
         for site in wanted
     )
-    row_bytes = sum(info.row_bytes for info in infos)
-    rows = segment_rows(row_bytes, budget, context)
-    affordable_rows = max(0, budget - list_bytes(infos)) // row_bytes
-    chunk = chunk_rows(rows, affordable_rows, corpus.text_bytes())
+    site_bytes = {info.site: info.row_bytes for info in infos}
+    keeps = choose_keeps(settings.keep, site_bytes, corpus, settings.limits, model.name)
+    infos = tuple(replace(info, keep=keeps[info.site]) for info in infos)
+    row_bytes = sum(site_bytes.values())
+    rows = segment_rows(sum(info.row_bytes * info.keep for info in infos), budget, context)
+    grams: tuple[str, ...] = ()
+    if settings.grams:
+        grams = tuple(str(site) for site in select(settings.grams, wanted, "what is captured"))
+    affordable_rows = max(0, budget - list_bytes(infos, grams=grams)) // row_bytes
+    sampled = sum(info.row_bytes for info in infos if is_sample(info.keep)) / row_bytes
+    chunk = chunk_rows(rows, affordable_rows, corpus.text_bytes(), sampled)
+    # Zones of all bands of a segment are held: of low bands a segment has no more than it needs.
+    rows = min(rows, max(_SEGMENT_BANDS * chunk, _LEAST_ROWS, _pow2_up(8 * context)))
     return StoreMeta(
         store_id=uuid.uuid4().hex,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -207,15 +238,16 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
         tokenizer=model.tokenizer_fingerprint,
         segment_rows=rows,
         chunk_rows=chunk,
-        keep="all",
+        keep=describe_keeps(infos),
         context=context,
         overlap=overlap,
-        batch_tokens=batch_tokens or batch_rows(chunk, affordable_rows, context),
+        batch_tokens=batch_tokens or batch_rows(chunk, affordable_rows, context, sampled),
         versions={
             "python": platform.python_version(),
             **{name: version(name) for name in ("actstore", "torch", "transformers", "numpy")},
         },
         sites=infos,
+        grams=grams,
     )
 
 
@@ -238,11 +270,20 @@ def check_same_capture(store: CoreStore, model: LanguageModel, settings: Setting
     if settings.sites is not None:
         wanted = summarize(model.select(settings.sites))
         pairs.append(("sites", summarize(store.sites), wanted))
+    if settings.grams:
+        wanted_grams = select(settings.grams, store.sites, str(store.path))
+        pairs.append(("grams", ", ".join(meta.grams), ", ".join(map(str, wanted_grams))))
     for name in ("context", "overlap", "batch_tokens"):
         if getattr(settings, name) is not None:
             pairs.append((name, getattr(meta, name), getattr(settings, name)))
     if settings.dtype != "auto":
         pairs += [(f"dtype of {i.site}", i.dtype, settings.dtype) for i in meta.sites]
+    keeps = named_keeps(settings.keep, store.sites, str(store.path))
+    pairs += [
+        (f"keep of {i.site}", keep_text(i.keep), keep_text(keeps[i.site]))
+        for i in meta.sites
+        if i.site in keeps
+    ]
     for what, old, new in pairs:
         if old != new:
             raise StoreMismatch(
@@ -252,13 +293,15 @@ def check_same_capture(store: CoreStore, model: LanguageModel, settings: Setting
 
 
 def bytes_needed(store: CoreStore, segments: Iterable[int]) -> int:
-    """Return the bytes the shards of some planned segments will take, exactly."""
+    """Return the bytes the shards of some planned segments will take at most."""
     # Partials, and two generations of the index: the old one goes when the new one is there.
-    total = sum(info.width for info in store.meta.sites) * _LIST_BYTES
-    layouts = [store.layout(info) for info in store.meta.sites]
+    n_partials = min(COMPACT_EVERY, len(store.planned))
+    n_columns = sum(info.width for info in store.meta.sites)
+    total = n_columns * (_INDEX_BYTES + n_partials * _PARTIAL_BYTES)
+    layouts = [(info.keep, store.layout(info)) for info in store.meta.kept_sites]
     for segment in segments:
         rows = sum(store.planned[segment].rows.values())
-        total += sum(shard_bytes(layout, rows) for layout in layouts)
+        total += sum(shard_bytes(layout, math.ceil(rows * keep)) for keep, layout in layouts)
     return total
 
 
@@ -282,11 +325,11 @@ def open_or_create(
     path: str | Path | None, model: LanguageModel, corpus: Corpus, settings: Settings, budget: int
 ) -> CoreStore:
     """Return the store at a path, made if need be; None makes one that ends with the process."""
+    if not any(document.text for document in corpus):
+        raise CorpusError(_NO_TOKEN)
     if path is not None and (Path(path) / "zarr.json").exists():
         store = CoreStore(path)
     else:
-        if not any(document.text for document in corpus):
-            raise CorpusError(_NO_TOKEN)
         meta = new_meta(model, corpus, settings, budget)
         affordable_bands(meta, budget)  # refuse before there is a store
         if path is None:
@@ -313,38 +356,46 @@ def run_capture(
     errors: str = "strict",
     on_nan: OnFault = "error",
     on_overflow: OnFault = "count",
+    workers: int | None = None,
+    scheduler: str | None = None,
+    segments: str | slice | None = None,
+    order: str = "corpus",
+    add: bool = False,
     progress: Progress | None = None,
 ) -> tuple[CoreStore, Timing]:
     """Capture a corpus into a store, or go on with it; see `actstore.capture`."""
     n_bytes = parse_budget(budget)
+    share = Share.parse(segments, path)
+    many = Workers.wanted(workers, scheduler, model, tokenizer, device)
     documents = open_corpus(corpus, text=text, encoding=encoding, errors=errors)
     check_path(path)
+    if many:
+        device = "cpu"  # the devices are the workers'; here the model is only looked at
     loaded = model if isinstance(model, LanguageModel) else load(model, tokenizer, device=device)
     store = open_or_create(path, loaded, documents, settings, n_bytes)
-    timing = Timing()
+    n_parts = len(store.parts)
+    plan = ReadAhead(
+        store, loaded, documents, settings.limits, order=order, add=add, progress=progress
+    )
+    common: dict[str, Any] = {
+        "budget": n_bytes,
+        "on_nan": on_nan,
+        "on_overflow": on_overflow,
+        "progress": plan.tell if progress else None,
+        "compact_every": COMPACT_EVERY,
+    }
+    crew: Cluster | Alone = (
+        Cluster(store, many, budget_given=budget is not None, **common)
+        if many
+        else Alone(store, loaded, **common)
+    )
     try:
-        make_plan(store, loaded, documents, settings.limits, progress)
+        with plan, crew:
+            captured, waited = _capture_planned(store, plan, crew, share)
         if not store.planned:
             raise CorpusError(_NO_TOKEN)
-        while missing := sorted(set(store.planned) - set(store.committed)):
-            before = len(store.committed)
-            check_disk(store, bytes_needed(store, missing))
-            worker = Worker(
-                store,
-                loaded,
-                budget=n_bytes,
-                on_nan=on_nan,
-                on_overflow=on_overflow,
-                progress=progress,
-                compact_every=_COMPACT_EVERY,
-            )
-            worker.run(missing)
-            timing = worker.timing
-            store.refresh()
-            if len(store.committed) == before:
-                # Other processes have all that is left; if one dies, its segment is taken up here.
-                store.wait_for_segment(missing[0])
-        compact(store, progress=progress)
+        if share.is_all:
+            compact(store, progress=progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NotEnoughDisk(
@@ -352,7 +403,44 @@ def run_capture(
                 "committed stands; free some and run the same capture again."
             ) from error
         raise
-    return store, timing
+    if add and not captured and len(store.parts) == n_parts:
+        warnings.warn(
+            f"nothing was added to {store.path}: it holds this corpus, with these limits, already.",
+            stacklevel=3,  # where `actstore.capture` was called
+        )
+    return store, replace(crew.timing, planning=waited)
+
+
+def _capture_planned(
+    store: CoreStore, plan: ReadAhead, crew: Cluster | Alone, share: Share
+) -> tuple[bool, float]:
+    """Capture what is planned and not committed until there is no more.
+
+    Returns whether there was any, and the seconds waited for the plan.  What was planned before an
+    error of the corpus is captured before it is raised.
+    """
+    captured = False
+    waited = 0.0
+    while True:
+        finished = plan.finished  # looked at first: all that was planned by then is seen below
+        store.refresh()
+        missing = sorted(share.of(set(store.planned) - set(store.committed)))
+        plan.begin(len(store.parts))
+        if missing and plan.may_capture(store):
+            captured = True
+            before = len(store.committed)
+            check_disk(store, bytes_needed(store, missing))
+            crew.run(missing)
+            store.refresh()
+            if len(store.committed) == before and not crew.under_way:
+                # Other processes have all that is left; what one leaves is taken up here.
+                store.wait_for_segment(missing[0])
+        elif finished and not missing:
+            return captured, waited
+        else:
+            started = time.perf_counter()
+            plan.wait(len(store.parts))
+            waited += time.perf_counter() - started
 
 
 def check_path(path: str | Path | None) -> None:

@@ -5,8 +5,8 @@
 A *band* is `chunk_rows` rows of every site in the order the shard will have.  The hooks cast and
 re-lay activations straight into it, so each value is touched once between the model and the disk;
 when all its rows are there, one compiled pass folds it, and the writer thread appends it to the
-segment's shards.  Bands come from a pool of fixed size: when the disk is slow the pool runs dry and
-the model waits; memory does not grow.
+segment's shards, or picks from it the rows of sites that keep only some.  Bands come from a pool of
+fixed size: when the disk is slow the pool runs dry and the model waits; memory does not grow.
 
 Batches follow from the plan alone, bands are folded in row order, and commits happen in segment
 order, so what is written does not depend on timing.
@@ -17,9 +17,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import ml_dtypes
@@ -27,19 +27,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actstore.capturing.batches import Batch, batches
 from actstore.capturing.compact import compact, needs_compaction
-from actstore.capturing.lists import TOPK, RunningLists, pack
+from actstore.capturing.lists import SAMPLE, TOPK, RunningLists, SiteLists, pack_site
+from actstore.capturing.sampled import SampledBands, sampled_bytes
 from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreBusy
-from actstore.folds.cpu import BandFolds, SiteFolds
+from actstore.folds.cpu import BandFolds, SiteFolds, state_bytes
 from actstore.models import LanguageModel
 from actstore.site import Site
 from actstore.store import FIRST, SPECIAL, CoreStore, SegmentWriter, SiteCounts, SiteInfo, StoreMeta
 from actstore.store.budget import Progress
+from actstore.store.stored_rows import ALL, is_sample
 
 OnFault = Literal["error", "count"]
 
-# Per place of a list: candidates of two segments under way, and the running lists of both sides.
-_LIST_BYTES = 2 * 40
+# Per place of a running list: value and row in the top, the bottom and the window list.
+_LIST_BYTES = 3 * 12
+# Bands of a segment of 65,536 rows in chunks of 4,096.
+_USUAL_BANDS = 16
+# A wait that is less than this part of the time is no bottleneck.
+_WAITING_SHARE = 0.1
 _TORCH = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,53 +59,43 @@ class Timing:
     folds: float = 0.0
     """The compiled pass over bands."""
     waiting: float = 0.0
-    """The model's wait for a free band: the disk is the bottleneck."""
+    """The model's wait for a free band, which the disk has not given back yet."""
+    planning: float = 0.0
+    """The model's wait for a part of the plan."""
     writing: float = 0.0
     """The writer thread at work."""
+    committing: float = 0.0
+    """What of that were commits: lists and statistics written, files synced."""
+    n_positions: int = 0
+    """Positions that went through the model; not seconds, but what they were spent on."""
+    n_padding: int = 0
+    """Those of them that held no token."""
 
+    @property
+    def padding(self) -> float:
+        """Share of the positions that held no token."""
+        return self.n_padding / max(self.n_positions, 1)
 
-@dataclass(frozen=True)
-class Batch:
-    """Neighbouring windows that go through the model together."""
+    @property
+    def bottleneck(self) -> str:
+        """What a faster capture needs first: ``"compute"``, ``"disk"`` or ``"tokenise"``.
 
-    input_ids: torch.Tensor
-    """Token ids, padded on the right, (windows, positions)."""
-    lengths: list[int]
-    """Tokens of each window."""
-    skip: list[int]
-    """Leading context tokens of each window that are fed but not stored."""
-    n_prefix: int
-    """Special tokens before the context, which are stored."""
-    rows: int
-    """Stored rows of the batch."""
+        A stage beside the model is the bottleneck once the model waits for it.
+        """
+        whole = self.forward + self.folds + self.waiting + self.planning
+        for stage, seconds in (("disk", self.waiting), ("tokenise", self.planning)):
+            if seconds > _WAITING_SHARE * whole and seconds == max(self.waiting, self.planning):
+                return stage
+        return "compute"
 
-
-def batches(store: CoreStore, model: LanguageModel, segment: int) -> Iterator[Batch]:
-    """Yield the batches of a segment; at most `batch_tokens` tokens each, padding counted."""
-    windows = store.windows(segment).to_pylist()
-    ids = store.tokens(segment).column("token_id").to_numpy()
-    first = segment * store.meta.segment_rows
-    n_prefix = len(model.prefix_ids)
-    start = 0
-    while start < len(windows):
-        longest = windows[start]["context_tokens"] + windows[start]["rows"]
-        count = max(1, store.meta.batch_tokens // longest)
-        chosen = windows[start : start + count]
-        input_ids = np.full((len(chosen), longest), model.pad_id, dtype=np.int64)
-        lengths = []
-        for i, window in enumerate(chosen):
-            own = ids[window["first_row"] - first : window["first_row"] - first + window["rows"]]
-            fed = np.concatenate([own[:n_prefix], window["context_ids"], own[n_prefix:]])
-            input_ids[i, : len(fed)] = fed
-            lengths.append(len(fed))
-        yield Batch(
-            torch.from_numpy(input_ids),
-            lengths,
-            [window["context_tokens"] for window in chosen],
-            n_prefix,
-            sum(window["rows"] for window in chosen),
+    def __str__(self) -> str:
+        return (
+            f"seconds    forward {self.forward:,.1f}, folds {self.folds:,.1f}, waiting for the "
+            f"disk {self.waiting:,.1f}, for the plan {self.planning:,.1f}; beside the model: "
+            f"writing {self.writing:,.1f}, of that commits {self.committing:,.1f}\n"
+            f"padding    {self.padding:.1%} of the positions\n"
+            f"bottleneck {self.bottleneck}"
         )
-        start += count
 
 
 class _Band:
@@ -107,7 +104,7 @@ class _Band:
     def __init__(self, store: CoreStore) -> None:
         self.buffers: dict[Site, torch.Tensor] = {}
         for info in store.meta.sites:
-            layout = store.layout(info)
+            layout = store.meta.layout(replace(info, keep=ALL))
             shape = (layout.n_column_chunks, layout.chunk_rows, layout.chunk_columns)
             # NaN marks what no row fills: padded columns, and the hole at a segment's end.
             self.buffers[info.site] = torch.full(shape, torch.nan, dtype=_TORCH[info.dtype])
@@ -147,6 +144,8 @@ class _SegmentWork:
     folds: BandFolds
     content: npt.NDArray[np.int64]
     others: npt.NDArray[np.int64]
+    windows: npt.NDArray[np.int64]
+    """The window_id of each content row."""
     rows: int
     relied_on: list[int]
     leave: ExitStack
@@ -155,9 +154,22 @@ class _SegmentWork:
     abandoned: bool = False
 
 
-def list_bytes(infos: Iterable[SiteInfo]) -> int:
-    """Return the bytes the top-k lists of some sites take during a capture."""
-    return sum(info.width for info in infos) * TOPK.k * _LIST_BYTES
+def list_bytes(
+    infos: Iterable[SiteInfo], n_bands: int = _USUAL_BANDS, grams: Collection[str] = ()
+) -> int:
+    """Return the bytes the folds of some sites take during a capture.
+
+    They are the states of two segments under way, of `n_bands` bands each, and the running lists;
+    of sites named in `grams`, Gram matrices too.
+    """
+    return sum(
+        2
+        * state_bytes(
+            info.width, info.dtype, TOPK.k, SAMPLE.n_rows, n_bands, str(info.site) in grams
+        )
+        + info.width * TOPK.k * _LIST_BYTES
+        for info in infos
+    )
 
 
 def affordable_bands(meta: StoreMeta, budget: int) -> int:
@@ -171,15 +183,16 @@ def affordable_bands(meta: StoreMeta, budget: int) -> int:
     band_bytes = meta.chunk_rows * meta.row_bytes
     # A batch may begin in one band and end in another; one more may be on its way to disk.
     fewest = -(-meta.batch_tokens // meta.chunk_rows) + 2
-    lists = list_bytes(meta.sites)
-    if fewest * band_bytes + lists > budget:
+    lists = list_bytes(meta.sites, meta.segment_rows // meta.chunk_rows, meta.grams)
+    beside = lists + sampled_bytes(meta)
+    if fewest * band_bytes + beside > budget:
         raise BudgetExceeded(
-            f"capturing {len(meta.sites)} sites needs {(fewest * band_bytes + lists) / 1e6:,.0f} "
+            f"capturing {len(meta.sites)} sites needs {(fewest * band_bytes + beside) / 1e6:,.0f} "
             f"MB ({fewest} bands of {meta.chunk_rows} rows, {band_bytes / 1e6:,.0f} MB each, and "
-            f"the top-k lists); the budget is {budget / 1e6:,.0f} MB. Give a larger budget= "
+            f"the folds); the budget is {budget / 1e6:,.0f} MB. Give a larger budget= "
             "(--budget), a smaller batch_tokens= (--batch-tokens), or fewer sites= (--sites)."
         )
-    return int(min(fewest + 2, (budget - lists) // band_bytes))
+    return int(min(fewest + 2, (budget - beside) // band_bytes))
 
 
 class Worker:
@@ -229,7 +242,8 @@ class Worker:
         for _ in range(self.n_bands):
             self._pool.put(_Band(store))
         # Bounded by the pool: every band in it was taken from there.
-        self._tasks: queue.Queue[tuple[_SegmentWork, _Band | None] | None] = queue.Queue()
+        self._tasks: queue.Queue[tuple[_SegmentWork, int, _Band | None] | None] = queue.Queue()
+        self._sampled = SampledBands(store.meta)
         self._failure: BaseException | None = None
         self._under_way: list[_SegmentWork] = []
         self._rows_done = self._rows_planned = 0
@@ -284,16 +298,21 @@ class Worker:
         if writer.committed:
             leave.close()
             return None
-        flags = store.tokens(segment).column("flags").to_numpy()
+        tokens = store.tokens(segment)
+        flags = tokens.column("flags").to_numpy()
         content = (flags & (SPECIAL | FIRST)) == 0
+        windows = tokens.column("window_id").to_numpy()[content]
         folds = BandFolds(
             [info.width for info in store.meta.sites],
             [info.dtype for info in store.meta.sites],
             first_row_id=segment * store.meta.segment_rows,
             k=TOPK.k,
+            n_threads=torch.get_num_threads(),
+            sample=SAMPLE,
+            gram_sites=[i for i, s in enumerate(store.sites) if str(s) in store.meta.grams],
         )
         rows = np.flatnonzero(content), np.flatnonzero(~content)
-        return _SegmentWork(segment, writer, folds, *rows, len(flags), [], leave)
+        return _SegmentWork(segment, writer, folds, *rows, windows, len(flags), [], leave)
 
     def _capture(self, segment: int) -> int:
         work = self._begin(segment)
@@ -309,7 +328,7 @@ class Worker:
             band.end_at(work.rows - number * self._store.meta.chunk_rows)
             self._fold(work, number, band)
         self._rows_done += work.rows
-        self._tasks.put((work, None))
+        self._tasks.put((work, 0, None))
         return work.rows
 
     def _take_band(self) -> _Band:
@@ -340,17 +359,14 @@ class Worker:
 
         def sink(site: Site, values: torch.Tensor) -> None:
             row = work.filled
-            if len(set(batch.lengths)) == 1 and not any(batch.skip):
-                put(site, row, values.flatten(0, 1))
-                return
-            for i, (length, skip) in enumerate(zip(batch.lengths, batch.skip, strict=True)):
-                head = batch.n_prefix if skip else 0
-                put(site, row, values[i, :head])
-                put(site, row + head, values[i, head + skip : length])
-                row += length - skip
+            for rows in batch.stored(values):
+                put(site, row, rows)
+                row += len(rows)
 
         self._model.forward(batch.input_ids, batch.lengths, self._store.sites, sink)
         work.filled += batch.rows
+        self.timing.n_positions += batch.input_ids.numel()
+        self.timing.n_padding += batch.input_ids.numel() - sum(batch.lengths)
         self.timing.forward += time.perf_counter() - started
 
     def _pass_on(self, work: _SegmentWork) -> None:
@@ -367,6 +383,8 @@ class Worker:
             rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first
             for rows in (work.content, work.others)
         )
+        place = int(np.searchsorted(work.content, first))
+        windows = work.windows[place : place + len(content)]
         with self._lists_lock:
             self._lists.advance(work.segment)
             work.relied_on = [s for s in self._lists.relied_on if s < work.segment]
@@ -374,13 +392,17 @@ class Worker:
         # In the order of the model, so that a fault is told where it began.
         for i, info in sorted(enumerate(self._store.meta.sites), key=_place_in_model):
             n_nan, n_overflow = work.folds.update(
-                i, band.array(info.site), content, others, first, thresholds.get(info.site)
+                *(i, band.array(info.site), content, others, windows),
+                *(first, thresholds.get(info.site)),
             )
             if (n_nan and self._on_nan == "error") or (n_overflow and self._on_overflow == "error"):
                 raise self._fault(work, i, info, "NaN" if n_nan else "overflow")
         self.timing.folds += time.perf_counter() - started
         del work.open_bands[number]
-        self._tasks.put((work, band))
+        if self._store.meta.kept_sites:
+            self._tasks.put((work, number, band))
+        else:
+            self._pool.put(band)
 
     def _fault(
         self, work: _SegmentWork, index: int, info: SiteInfo, kind: str
@@ -410,14 +432,13 @@ class Worker:
     def _write_all(self) -> None:
         """Write bands and commit segments until told to end; remember the first failure."""
         while (task := self._tasks.get()) is not None:
-            work, band = task
+            work, number, band = task
             started = time.perf_counter()
             try:
                 if self._failure is not None or work.abandoned:
                     pass
                 elif band is not None:
-                    for info in self._store.meta.sites:
-                        work.writer.write_band(info, band.array(info.site))
+                    self._write(work, number * self._store.meta.chunk_rows, band)
                 else:
                     self._commit(work)
             except BaseException as error:
@@ -425,20 +446,36 @@ class Worker:
             finally:
                 if band is not None:
                     self._pool.put(band)
-            self.timing.writing += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.timing.writing += seconds
+            if band is None:
+                self.timing.committing += seconds
+
+    def _write(self, work: _SegmentWork, first: int, band: _Band) -> None:
+        """Write the rows of a band that are kept; it begins at an offset in the segment."""
+        for info in self._store.meta.kept_sites:
+            if is_sample(info.keep):
+                self._sampled.add(work.writer, info, first, band.array(info.site))
+            else:
+                work.writer.write_band(info, band.array(info.site))
 
     def _commit(self, work: _SegmentWork) -> None:
-        found = {info.site: work.folds.finish(i) for i, info in enumerate(self._store.meta.sites)}
+        for info in self._store.meta.kept_sites:
+            if is_sample(info.keep):
+                self._sampled.finish(work.writer, info)
         arrays: dict[str, npt.NDArray[Any]] = {}
-        for site, folds in found.items():
-            arrays |= pack(site, "moments", folds.moments)
-            arrays |= pack(site, "others", folds.moments_others)
-            arrays |= pack(site, "topk", folds.topk)
+        lists: dict[Site, SiteLists] = {}
+        counts: dict[str, SiteCounts] = {}
+        for i, site in enumerate(self._store.sites):
+            found = work.folds.finish(i)
+            arrays |= pack_site(site, found)
+            lists[site] = SiteLists(found.topk, found.window_top, found.sample.row_ids)
+            if found.nan.n or found.overflow.n:
+                counts[str(site)] = _counts(found)
         work.writer.write_partial("folds", arrays)
-        counts = {str(s): _counts(f) for s, f in found.items() if f.nan.n or f.overflow.n}
         work.writer.commit(counts, work.relied_on)
         with self._lists_lock:
-            self._lists.add(work.segment, {site: folds.topk for site, folds in found.items()})
+            self._lists.add(work.segment, lists)
             self._store.refresh_commits()
         self._under_way.remove(work)
         work.leave.close()

@@ -1,7 +1,18 @@
 """Decompositions and similarities of sites: every one is a fold over blocks that one scan reads."""
 
 from actstore.decompose.factors import Factors
+from actstore.decompose.loader import Batch, Loader
 from actstore.decompose.nmf import nmf
+from actstore.decompose.shuffle import shuffle
 from actstore.decompose.similarity import MEASURES, Similarity, similarity
 
-__all__ = ["MEASURES", "Factors", "Similarity", "nmf", "similarity"]
+__all__ = [
+    "MEASURES",
+    "Batch",
+    "Factors",
+    "Loader",
+    "Similarity",
+    "nmf",
+    "shuffle",
+    "similarity",
+]

@@ -125,7 +125,7 @@ def nmf(
         raise ArgumentError(f"passes = {passes} is too few; expected 1 or more.")
     infos = store.select(sites)
     space = infos[0].site.space
-    chosen = chosen_rows(store, rows, space)
+    chosen = chosen_rows(store, rows, infos)
     n_neurons = sum(info.width for info in infos)
     limit = min(n_neurons, chosen.n_rows)
     if chosen.n_rows and not 1 <= n_components <= limit:
@@ -164,7 +164,7 @@ def nmf(
         exact.run(store, blocks, spool)
         clock.start("write")
         order = np.argsort(-exact.shares, kind="stable")
-        _write_scores(writer, store, chosen, order, spool, space)
+        _write_scores(writer, store, infos, chosen, order, spool)
         _write_factors(writer, store, infos, exact, order)
         clock.stop()
         summary = {
@@ -315,20 +315,22 @@ def _revive(
 def _write_scores(
     writer: ResultWriter,
     store: CoreStore,
+    infos: Sequence[SiteInfo],
     chosen: Rows,
     order: npt.NDArray[np.int64],
     spool: IO[bytes],
-    space: str,
 ) -> None:
-    """Write the scores of every committed row, factors in order; NaN where no row was chosen."""
+    """Write the scores of the rows that all sites store, factors in order; NaN if not chosen."""
     k = len(order)
     spool.seek(0)
-    array = writer.rows_array("scores", k, "float32", store.meta.segment_rows)
-    for segment, n_rows in store.committed_rows(space).items():
+    least = min(infos, key=lambda info: info.keep)
+    rows = store.meta.layout(least).rows
+    array = writer.rows_array("scores", k, "float32", rows)
+    for segment in store.committed:
         offsets = chosen.offsets(segment)
         scores = np.frombuffer(spool.read(4 * k * len(offsets)), np.float32).reshape(-1, k)
-        values = np.full((n_rows, k), np.nan, np.float32)
-        values[offsets] = scores[:, order]
+        values = np.full((len(store.stored_offsets(least, segment)), k), np.nan, np.float32)
+        values[store.positions(least, segment, offsets)] = scores[:, order]
         array.write(segment, values)
     writer.add_rows_array("scores", array, store.committed[-1] + 1)
 

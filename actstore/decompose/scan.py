@@ -30,6 +30,7 @@ import torch
 from actstore.errors import ArgumentError, BudgetExceeded, NonFiniteActivation
 from actstore.site import Site, summarize
 from actstore.store import CoreStore, Rows, SiteInfo
+from actstore.store.rows import stretches
 
 Ids = npt.NDArray[np.int64]
 
@@ -64,7 +65,7 @@ class Scan:
     infos : sequence of SiteInfo
         The sites, of one space; their columns stand side by side in this order.
     rows : Rows
-        The rows to serve.
+        The rows to serve, as far as they are stored at all of the sites.
     budget_bytes : int
         Memory the scan and its caller may take.
     reserved_bytes : int, default 0
@@ -75,7 +76,7 @@ class Scan:
     Raises
     ------
     ArgumentError
-        If there are no sites or no rows, or the sites are of two spaces.
+        If there are no sites or no rows, the sites are of two spaces, or one stores no rows.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Scan:
                 f"expected sites of one space of {store.path}. Name them as "
                 "'encoder.mlp_post' or 'decoder.mlp_post'."
             )
+        rows = store.rows_stored(rows, infos)
         if not rows.n_rows:
             raise ArgumentError(
                 f"rows = {rows.rule!r} chooses none of the {store.n_rows(infos[0].site.space):,} "
@@ -260,22 +262,26 @@ class Scan:
             chosen = self._rows.offsets(segment)
             offsets = chosen[ascending[low:high] - self._firsts[number]]
             ids[low:high] = offsets + segment * self._rows.segment_rows
-            # A span is read at once: its rows are near each other and not too many.
-            jumps = (np.diff(offsets) > _GAP_ROWS) | (np.diff(offsets // _SPAN_ROWS) != 0)
-            breaks = [0, *(np.flatnonzero(jumps) + 1).tolist(), high - low]
-            for a, b in itertools.pairwise(breaks):
-                self._read_span(segment, offsets[a:b], [buf[low + a : low + b] for buf in buffers])
+            # Sites that keep the same part of the rows have them in the same places.
+            for keep in {info.keep for info in self._infos}:
+                mine = [i for i, info in enumerate(self._infos) if info.keep == keep]
+                places = self._store.positions(self._infos[mine[0]], segment, offsets)
+                # A span is read at once: its rows are near each other and not too many.
+                jumps = (np.diff(places) > _GAP_ROWS) | (np.diff(places // _SPAN_ROWS) != 0)
+                for a, b in stretches(jumps, high - low):
+                    for i in mine:
+                        out = buffers[i][low + a : low + b]
+                        self._read_span(self._infos[i], segment, places[a:b], out)
         return where, ids[where]
 
-    def _read_span(self, segment: int, offsets: Ids, outs: list[npt.NDArray[Any]]) -> None:
-        start, stop = int(offsets[0]), int(offsets[-1]) + 1
-        for info, out in zip(self._infos, outs, strict=True):
-            if stop - start == len(offsets):
-                self._store.read(info, segment, start, stop, out=out)
-            else:
-                out[:] = self._store.read(info, segment, start, stop)[offsets - start]
-            self.n_reads += 1
-            self.bytes_read += (stop - start) * info.row_bytes
+    def _read_span(self, info: SiteInfo, segment: int, places: Ids, out: npt.NDArray[Any]) -> None:
+        start, stop = int(places[0]), int(places[-1]) + 1
+        if stop - start == len(places):
+            self._store.read(info, segment, start, stop, out=out)
+        else:
+            out[:] = self._store.read(info, segment, start, stop)[places - start]
+        self.n_reads += 1
+        self.bytes_read += (stop - start) * info.row_bytes
 
     def _block(
         self, buffers: list[npt.NDArray[Any]], where: Ids, row_ids: Ids, out: torch.Tensor
@@ -335,22 +341,22 @@ class Sample:
         return (self._scan._block(buffers, span, row_ids[span], out) for span in spans)
 
 
-def chosen_rows(store: CoreStore, rows: Rows | str, space: str) -> Rows:
-    """Return a set of committed rows of a space, by rule or as given.
+def chosen_rows(store: CoreStore, rows: Rows | str, infos: Sequence[SiteInfo]) -> Rows:
+    """Return a set of rows that are stored at all of some sites, by rule or as given.
 
     Raises
     ------
     ArgumentError
-        If the rule is not one of ``"content"`` and ``"all"``.
+        If the rule is not one of ``"content"`` and ``"all"``, or a site stores no rows.
     """
     if isinstance(rows, Rows):
-        return rows
+        return store.rows_stored(rows, infos)
     if rows not in ("content", "all"):
         raise ArgumentError(
             f"rows = {rows!r} is no rule; expected 'content', 'all', or a Rows, such as "
             "Rows.from_row_ids(rule, store.meta.segment_rows, row_ids)."
         )
-    return store.rows(rows, space)
+    return store.rows_stored(store.rows(rows, infos[0].site.space), infos)
 
 
 def _pieces(blocks: Iterable[Ids], rows: int) -> Iterator[list[Ids]]:

@@ -211,7 +211,7 @@ def similarity(
             f"sites = {str(infos[0].site)!r} is one site; expected two or more to compare. "
             f"{store.path} has {summarize(store.sites)}."
         )
-    chosen = chosen_rows(store, rows, infos[0].site.space)
+    chosen = chosen_rows(store, rows, infos)
     if batch_rows is None:
         batch_rows = min(_BATCH_ROWS, max(_MIN_BATCH_ROWS, chosen.n_rows // _MIN_BATCHES))
     if batch_rows < _MIN_BATCH_ROWS or max_batches < 2:

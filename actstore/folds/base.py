@@ -46,7 +46,13 @@ class Fold(Protocol[State]):
         """Return the state before any row, for a site of `width` columns."""
         ...
 
-    def update(self, state: State, block: Array, row_ids: NDArray[np.int64]) -> State:
+    def update(
+        self,
+        state: State,
+        block: Array,
+        row_ids: NDArray[np.int64],
+        windows: NDArray[np.int64] | None = None,
+    ) -> State:
         """Return the state with some rows added; the definition of the fold.
 
         Parameters
@@ -57,6 +63,8 @@ class Fold(Protocol[State]):
             Stored values, in the dtype of the store: float16, bfloat16 or float32.
         row_ids : int64 array, shape (n,)
             The row_id of each row of the block; no row may be given twice.
+        windows : int64 array, shape (n,), optional
+            The window_id of each row, for folds over windows; a window's rows come in one block.
         """
         ...
 

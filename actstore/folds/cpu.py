@@ -7,7 +7,7 @@ threads, and turns what `actstore.folds.kernel` added up into the states of the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,13 +18,17 @@ from numpy.typing import NDArray
 
 from actstore.errors import ArgumentError
 from actstore.folds.base import Array, read_values
+from actstore.folds.gram import GramState, RunningGram
+from actstore.folds.histogram import N_BINS, HistogramState
 from actstore.folds.kernel import (
     BITS,
     BOTTOM,
     FLOAT32_MAX,
     GROUP,
+    N_COUNTS,
     N_PLACES,
     NAN,
+    NO_BIN,
     NOWHERE,
     OVERFLOW,
     TILE,
@@ -32,18 +36,43 @@ from actstore.folds.kernel import (
     Candidates,
     Found,
     Sums,
+    Window,
     decode,
+    encode,
     fold_columns,
     nothing_found,
 )
 from actstore.folds.moments import MomentsState, from_power_sums
-from actstore.folds.topk import Ranked, Thresholds, TopKState
+from actstore.folds.sample import EVERY_HASH, Sample, SampleState
+from actstore.folds.topk import Ranked, Thresholds, TopKState, empty_list
+from actstore.folds.window_top import WindowThresholds
+from actstore.folds.zones import ZonesState
 from actstore.shard import DTYPES
 
 SAMPLE_ROWS = 64
 """Rows whose mean the powers are taken about: keeps it within sqrt(rows / 64) deviations."""
 
+# Of a column: sums of content and of other rows, limits, counts, the open window.
+_SMALL_BYTES = 192
+# Of a pair of columns: sums in float64, a product in float32, and the state made of them.
+_GRAM_BYTES = 8 + 4 + 8
+
 _LARGEST = {"float16": 0x7BFF, "bfloat16": 0x7F7F, "float32": 0x7F7FFFFF}
+
+
+@dataclass(frozen=True)
+class SiteThresholds:
+    """What a site's rows must come before to enter the lists and the sample.
+
+    They may come from *committed* segments only.
+    """
+
+    topk: Thresholds
+    """Of the top and bottom list."""
+    window_top: WindowThresholds
+    """Of the list over windows."""
+    sample: np.uint64 = EVERY_HASH
+    """Of the sample."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +95,16 @@ class SiteFolds:
     """Moments of the special and first rows."""
     topk: TopKState
     """Lists of the content rows."""
+    window_top: Ranked
+    """List of the windows."""
+    histogram: HistogramState
+    """Counts of the content rows."""
+    zones: ZonesState
+    """Extremes of the content rows of each band."""
+    sample: SampleState
+    """Content rows that may be in the sample."""
+    gram: GramState | None
+    """Second moments of the content rows, where asked for."""
     nan: Faults
     """NaN, which entered nothing."""
     overflow: Faults
@@ -75,8 +114,8 @@ class SiteFolds:
 class BandFolds:
     """The running folds of all sites of one segment.
 
-    Memory is at most 32 x `k` bytes a column, and a little: see `n_bytes`.  Different sites may be
-    updated from different threads at once; one site may not.
+    Memory is 42 x `k` + 1,280 bytes a column at most, and its zones and sampled values: see
+    `state_bytes`.  Different sites may be updated from different threads at once; one site may not.
 
     Parameters
     ----------
@@ -87,7 +126,11 @@ class BandFolds:
     first_row_id : int
         The row_id of the segment's first row.
     k : int, default 100
-        Length of the top and bottom lists.
+        Length of the lists.
+    sample : Sample, optional
+        Which rows are sampled.
+    gram_sites : collection of int
+        The sites whose Gram is wanted, in the order of `widths`; 8 bytes x width**2 each.
     n_threads : int, optional
         Threads that share a band's columns; default the CPUs this process may use.  The result
         does not depend on it.
@@ -101,10 +144,12 @@ class BandFolds:
     --------
     >>> folds = BandFolds([3], ["float16"], first_row_id=0, k=2)
     >>> band = np.arange(12, dtype=np.float16).reshape(1, 4, 3)
-    >>> folds.update(0, band, content=np.arange(1, 4), others=np.arange(1))
+    >>> windows = np.array([5, 5, 6])
+    >>> folds.update(0, band, content=np.arange(1, 4), others=np.arange(1), windows=windows)
     (0, 0)
-    >>> folds.finish(0).topk.top.row_ids[0]
-    array([3, 2])
+    >>> found = folds.finish(0)
+    >>> found.topk.top.row_ids[0], found.window_top.row_ids[0]
+    (array([3, 2]), array([3, 2]))
     """
 
     def __init__(
@@ -114,6 +159,8 @@ class BandFolds:
         *,
         first_row_id: int,
         k: int = 100,
+        sample: Sample | None = None,
+        gram_sites: Collection[int] = (),
         n_threads: int | None = None,
     ) -> None:
         if len(widths) != len(dtypes):
@@ -133,13 +180,15 @@ class BandFolds:
         self._n_threads = n_threads or _n_cpus()
         # Its threads end with this object; none start before the first band.
         self._pool = ThreadPoolExecutor(self._n_threads) if self._n_threads > 1 else None
-        self._sites = [_Site(width, dtype, k) for width, dtype in zip(widths, dtypes, strict=True)]
+        self._sites = [
+            _Site(width, dtype, k, sample or Sample(), i in gram_sites)
+            for i, (width, dtype) in enumerate(zip(widths, dtypes, strict=True))
+        ]
 
     @property
     def n_bytes(self) -> int:
         """Bytes the running state takes once every page of it was touched."""
-        arrays = (array for site in self._sites for array in site.arrays())
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for site in self._sites for array in site.arrays())
 
     def update(
         self,
@@ -147,8 +196,9 @@ class BandFolds:
         band: Array,
         content: NDArray[np.integer[Any]],
         others: NDArray[np.integer[Any]],
+        windows: NDArray[np.integer[Any]],
         first_offset: int = 0,
-        thresholds: Thresholds | None = None,
+        thresholds: SiteThresholds | None = None,
     ) -> tuple[int, int]:
         """Add a band of one site, replacing its infinities by the largest finite value.
 
@@ -165,10 +215,13 @@ class BandFolds:
             Content rows, counted from the band's first.
         others : int array, ascending
             Special and first rows, of which only the moments are kept, apart.
+        windows : int array, as long as `content`
+            The window_id of each content row; the rows of a window follow each other, and may go
+            on in the next band.
         first_offset : int, default 0
             Offset in the segment of the band's first row.
-        thresholds : Thresholds, optional
-            Of the lists of *committed* segments: `TopK.thresholds`.
+        thresholds : SiteThresholds, optional
+            Of the lists and sample of *committed* segments.
 
         Returns
         -------
@@ -192,29 +245,48 @@ class BandFolds:
                 f"first_offset = {first_offset} at {where} must be between {site.next_offset}, "
                 "where the last band ended, and 2**32; give the bands in the order of their rows."
             )
+        window_ids: NDArray[np.int64] = np.asarray(windows, np.int64)
+        if window_ids.shape != content.shape:
+            raise ArgumentError(
+                f"{window_ids.size} windows at {where} for {content.size} content rows; give the "
+                "window_id of each content row."
+            )
         if thresholds is not None:
             site.tighten(thresholds, self.first_row_id + first_offset, where)
         site.next_offset = first_offset + bits.shape[1]
-        jobs = []
-        for rows, sums, candidates in (
-            (content, site.content, site.candidates),
-            (others, site.others, site.unlisted),
-        ):
-            if rows.size:
-                if np.isnan(sums.shift[0]):
-                    sums.shift[:] = site.sample_mean(bits, rows)
-                jobs.append((rows, sums, candidates))
+        cuts = site.cuts(window_ids)
+        zone, unused = (np.empty((2, site.width), np.float32) for _ in range(2))
+        jobs = [
+            (content, site.content, site.candidates, zone, True),
+            (others, site.others, site.unlisted, unused, False),
+        ]
+        jobs = [job for job in jobs if job[0].size]
+        for rows, sums, *_ in jobs:
+            if np.isnan(sums.shift[0]):
+                sums.shift[:] = site.sample_mean(bits, rows)
 
         def fold(columns: tuple[int, int]) -> Found:
             found = nothing_found()
-            for job in jobs:
-                fold_columns(bits, site.saturated, first_offset, columns, *job, found)
+            for rows, sums, candidates, extremes, is_content in jobs:
+                fold_columns(
+                    *(bits, site.saturated, first_offset, columns, rows),
+                    *(sums, candidates, found, extremes, is_content),
+                    *(site.counts, site.window_candidates, site.window, cuts),
+                )
             return found
 
         parts = _split(site.width, self._n_threads)
         if self._pool is None or len(parts) == 1:
-            return site.note([fold(part) for part in parts])
-        return site.note(list(self._pool.map(fold, parts)))
+            faults = site.note([fold(part) for part in parts])
+        else:
+            faults = site.note(list(self._pool.map(fold, parts)))
+        if content.size:
+            site.zones[self.first_row_id + first_offset] = zone
+            # After the pass: infinities are mended now.
+            site.draw(bits, content, self.first_row_id + first_offset)
+            if site.gram is not None:
+                site.gram.add(site.rows_of(bits, content))
+        return faults
 
     def finish(self, site_index: int) -> SiteFolds:
         """Return what the segment adds to the folds of one site; the running state stays."""
@@ -222,10 +294,33 @@ class BandFolds:
         return SiteFolds(
             moments=_moments(site.content),
             moments_others=_moments(site.others),
-            topk=_lists(site.candidates, self.first_row_id),
+            topk=TopKState(*_lists(site.candidates, self.first_row_id)),
+            window_top=_lists(site.with_open_window(), self.first_row_id)[0],
+            histogram=HistogramState(site.counted()),
+            zones=site.zones_state(),
+            sample=site.sample,
+            gram=None if site.gram is None else site.gram.state(),
             nan=site.faults(NAN, self.first_row_id),
             overflow=site.faults(OVERFLOW, self.first_row_id),
         )
+
+
+def state_bytes(
+    width: int, dtype: str, k: int, n_sampled: int, n_bands: int, with_gram: bool = False
+) -> int:
+    """Return the bytes that `BandFolds` takes for a site at most, after so many bands."""
+    places = 2 * _capacity(k) + _window_capacity(k)
+    column = 8 * places + 4 * N_COUNTS + 8 * n_bands + n_sampled * DTYPES[dtype].itemsize
+    return width * (column + _SMALL_BYTES) + (_GRAM_BYTES * width**2 if with_gram else 0)
+
+
+def _capacity(k: int) -> int:
+    return max(2 * k, 64)
+
+
+def _window_capacity(k: int) -> int:
+    # A window gives one candidate at most: little room is needed beyond the list.
+    return k + k // 4 + 1
 
 
 def _n_cpus() -> int:
@@ -237,21 +332,33 @@ def _n_cpus() -> int:
 class _Site:
     """The running state of one site and what its bands must look like."""
 
-    def __init__(self, width: int, dtype: str, k: int) -> None:
+    def __init__(self, width: int, dtype: str, k: int, sample: Sample, with_gram: bool) -> None:
         self.width = width
         self.dtype = dtype
         self.next_offset = 0
         self.content, self.others = _no_sums(width), _no_sums(width)
-        self.candidates = _no_candidates(width, max(2 * k, 64), (-np.inf, np.inf), k)
+        self.candidates = _no_candidates(width, _capacity(k), (-np.inf, np.inf), k)
         # Nothing finite passes these limits: the other rows enter no list.
         self.unlisted = _no_candidates(width, GROUP, (FLOAT32_MAX, -FLOAT32_MAX), k)
+        self.window_candidates = _no_candidates(width, _window_capacity(k), (-np.inf,), k)
+        self.window = Window(np.full(width, -np.inf, np.float32), np.zeros(width, np.int64))
+        self.window_id: int | None = None
+        self.counts = np.zeros((width, N_COUNTS), np.uint32)
+        self.zones: dict[int, NDArray[np.float32]] = {}
+        self.fold, self.sample_threshold = sample, EVERY_HASH
+        self.sample = sample.start(width)
+        self.gram = RunningGram(width) if with_gram else None
         n_bits = 8 * DTYPES[dtype].itemsize
         largest = np.array([1 << n_bits - 1, 0], f"u{n_bits // 8}") | _LARGEST[dtype]
         self.saturated = largest.view(BITS[dtype])
         self.found = nothing_found()
 
     def arrays(self) -> Iterator[Array]:
-        for state in (self.content, self.others, self.candidates):
+        for state in (
+            *(self.content, self.others, self.candidates, self.window_candidates, self.window),
+            *((self.counts, self.sample.values), tuple(self.zones.values())),
+            () if self.gram is None else self.gram.arrays(),
+        ):
             yield from (array for array in state if isinstance(array, np.ndarray))
 
     def bits_of(self, band: Array, where: str) -> Array:
@@ -277,31 +384,86 @@ class _Site:
             )
         return band.view(integer)
 
+    def rows_of(self, bits: Array, rows: NDArray[np.int64]) -> Array:
+        """Return some rows of a band as ``(n, width)`` values in the stored dtype."""
+        chunks = bits[:, rows].transpose(1, 0, 2)
+        return chunks.reshape(rows.size, -1)[:, : self.width].view(DTYPES[self.dtype])
+
     def sample_mean(self, bits: Array, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the mean of some of the rows, evenly spread; 0 where all of them are NaN."""
         chosen = rows[np.linspace(0, rows.size - 1, min(rows.size, SAMPLE_ROWS)).astype(np.int64)]
-        sample = read_values(bits[:, chosen].view(DTYPES[self.dtype]), np.float64)
-        sample = sample.transpose(1, 0, 2).reshape(chosen.size, -1)[:, : self.width]
+        sample = read_values(self.rows_of(bits, chosen), np.float64)
         valid = ~np.isnan(sample)
         lowest, highest = self.saturated.view(DTYPES[self.dtype]).astype(np.float64)
         total = np.where(valid, np.clip(sample, lowest, highest), 0.0).sum(axis=0)
         return np.asarray(total / np.maximum(valid.sum(axis=0), 1))
 
-    def tighten(self, thresholds: Thresholds, first_row_id: int, where: str) -> None:
+    def tighten(self, thresholds: SiteThresholds, first_row_id: int, where: str) -> None:
         """Raise the limits to the thresholds, or to just below them where a tie may still enter."""
-        shapes = {np.shape(side) for side in thresholds}
+        floor, ceiling, top_rows, bottom_rows = thresholds.topk
+        window_floor, window_rows = thresholds.window_top
+        shapes = {np.shape(side) for side in (*thresholds.topk, *thresholds.window_top)}
         if shapes != {(self.width,)}:
             raise ArgumentError(
                 f"thresholds of {where} have shapes {', '.join(map(str, sorted(shapes)))}; "
                 f"expected ({self.width},): those of the same site's lists."
             )
-        floor, ceiling, top_rows, bottom_rows = thresholds
+        limits, window_limits = self.candidates.limits, self.window_candidates.limits
         below, above = np.float32(-np.inf), np.float32(np.inf)
         floor = np.where(top_rows < first_row_id, floor, np.nextafter(floor, below))
-        ceiling = np.where(bottom_rows < first_row_id, ceiling, np.nextafter(ceiling, above))
-        limits = self.candidates.limits
         np.maximum(limits[TOP], floor, out=limits[TOP])
+        ceiling = np.where(bottom_rows < first_row_id, ceiling, np.nextafter(ceiling, above))
         np.minimum(limits[BOTTOM], ceiling, out=limits[BOTTOM])
+        floor = np.where(
+            window_rows < first_row_id, window_floor, np.nextafter(window_floor, below)
+        )
+        np.maximum(window_limits[TOP], floor, out=window_limits[TOP])
+        self.sample_threshold = thresholds.sample
+
+    def cuts(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the places of a band's content rows where the window that was open has ended."""
+        if not windows.size:
+            return np.empty(0, np.int64)
+        before = np.append(windows[0] if self.window_id is None else self.window_id, windows[:-1])
+        self.window_id = int(windows[-1])
+        return np.flatnonzero(windows != before)
+
+    def with_open_window(self) -> Candidates:
+        """Return the candidates of the list over windows, with that of the open one."""
+        keys, n_keys, limits, k = self.window_candidates
+        keys = np.append(keys[..., : n_keys.max()], np.zeros((1, self.width, 1), np.uint64), axis=2)
+        (columns,) = np.nonzero(self.window.highs > limits[TOP])
+        keys[TOP, columns, n_keys[TOP, columns]] = encode(
+            self.window.highs[columns], self.window.offsets[columns]
+        )
+        counts = n_keys.copy()
+        counts[TOP, columns] += 1
+        return Candidates(keys, counts, limits, k)
+
+    def counted(self) -> NDArray[np.int64]:
+        """Return the counts of the bins, (width, 256)."""
+        counts = self.counts[:, :N_BINS].astype(np.int64)
+        counts[:, NO_BIN] = 0
+        return counts
+
+    def zones_state(self) -> ZonesState:
+        """Return the zones of the bands so far; no value lies beyond the extremes of none."""
+        state = ZonesState(
+            np.array(list(self.zones), np.int64),
+            np.array([zone[[BOTTOM, TOP]] for zone in self.zones.values()], np.float32).reshape(
+                len(self.zones), 2, self.width
+            ),
+        )
+        state.extremes[np.isinf(state.extremes)] = np.nan
+        return state
+
+    def draw(self, bits: Array, rows: NDArray[np.int64], first_row_id: int) -> None:
+        """Take the rows of a band that may be in the sample."""
+        limit = min(self.sample_threshold, self.fold.threshold(self.sample.row_ids))
+        rows = rows[self.fold.passes(first_row_id + rows, limit)]
+        if rows.size:
+            values = self.rows_of(bits, rows)
+            self.sample = self.fold.update(self.sample, values, first_row_id + rows)
 
     def note(self, parts: list[Found]) -> tuple[int, int]:
         """Add the faults that the threads found in a band; return how many these are."""
@@ -331,11 +493,11 @@ def _no_sums(width: int) -> Sums:
     )
 
 
-def _no_candidates(width: int, capacity: int, limits: tuple[float, float], k: int) -> Candidates:
+def _no_candidates(width: int, capacity: int, limits: tuple[float, ...], k: int) -> Candidates:
     return Candidates(
         # Not filled: resident only as far as candidates come.
-        keys=np.empty((2, width, capacity), np.uint64),
-        counts=np.zeros((2, width), np.int32),
+        keys=np.empty((len(limits), width, capacity), np.uint64),
+        counts=np.zeros((len(limits), width), np.int32),
         limits=np.array(limits, np.float32)[:, None].repeat(width, axis=1),
         k=k,
     )
@@ -369,31 +531,28 @@ def _moments(sums: Sums) -> MomentsState:
     )
 
 
-def _lists(candidates: Candidates, first_row_id: int) -> TopKState:
-    """Return the candidates' best k, decoded and in order."""
-    sides = []
+def _lists(candidates: Candidates, first_row_id: int) -> list[Ranked]:
+    """Return the candidates' best k of each list, decoded and in order."""
+    lists = []
     for side, (all_keys, n_keys) in enumerate(zip(candidates.keys, candidates.counts, strict=True)):
-        width, k = n_keys.size, candidates.k
         # 0 is no key: it would stand for NaN.
         keys = all_keys[:, : n_keys.max(initial=0)].copy()
         keys[np.arange(keys.shape[1]) >= n_keys[:, None]] = 0
         keys.sort(axis=1)
-        keys = keys[:, ::-1][:, :k]
+        keys = keys[:, ::-1][:, : candidates.k]
         values, offsets = decode(keys, side)
         taken = keys != 0
-        ranked = Ranked(
-            values=np.full((width, k), np.nan, np.float32),
-            row_ids=np.full((width, k), -1, np.int64),
-            counts=np.minimum(n_keys, k),
-        )
+        ranked = empty_list(n_keys.size, candidates.k)
+        ranked.counts[:] = np.minimum(n_keys, candidates.k)
         ranked.values[:, : keys.shape[1]][taken] = values[taken]
         ranked.row_ids[:, : keys.shape[1]][taken] = first_row_id + offsets[taken]
-        sides.append(ranked)
-    return TopKState(*sides)
+        lists.append(ranked)
+    return lists
 
 
 def warm_up() -> None:
     """Compile, or load from the cache, what `BandFolds` runs: some seconds the first time."""
     for dtype in DTYPES:
         folds = BandFolds([1], [dtype], first_row_id=0, k=1, n_threads=1)
-        folds.update(0, np.zeros((1, 1, 1), DTYPES[dtype]), np.arange(1), np.arange(0))
+        band = np.zeros((1, 1, 1), DTYPES[dtype])
+        folds.update(0, band, np.arange(1), np.arange(0), np.arange(1))

@@ -4,24 +4,35 @@ A *band* is what a shard is written from: some thousands of rows of one site, cu
 most 256 columns.  It passes through the caches once, in groups of eight rows of one chunk:
 
 1. *Convert* the stored bits to float32, -0.0 to 0.0.
-2. *Screen*: does any of the eight values of a column lie beyond the column's limits, the values
-   below or above which nothing can enter the top-k?  Almost never, once many rows were seen.  Bits
-   that are no number always fail.
+2. *Screen*: the group's extremes, and with them: does any of the eight values of a column lie
+   beyond the column's limits, the values below or above which nothing can enter the top-k?  Almost
+   never, once many rows were seen.  Bits that are no number always fail.
 3. Where they do, one value at a time: an infinity is replaced *in the band* by the largest finite
    value, NaN is counted, a candidate for the top-k is kept.
 4. *Add up*: the four powers of the distance to a number near the column's mean, in float64.
+5. Of content rows, *bin* the values and count the bins, and raise the *window's* highest values.
 
-Steps 1, 2 and 4 are short loops over columns that compile to vector instructions; only step 3
-branches.  Columns are independent, so threads share out columns and the result has the same bits
-for any number of them.
+All but steps 3 and the counting are short loops over columns that compile to vector instructions;
+only step 3 branches.  Columns are independent, so threads share out columns and the result has the
+same bits for any number of them.
 
 **Candidates.**  A candidate is one integer, ``rank of its value << 32 | 2**32 - 1 - offset``, so
 that a larger key is a better place: higher value (for the bottom list lower), then lower row.  A
-column holds up to 2k of them; when they are full, the best k stay and the k-th becomes the limit.
-Rows come in ascending order, so a later row that ties with the limit loses, and is not looked at:
-without that, every zero of a ReLU would be a candidate for the bottom list, and every minimum of a
-GELU.  A tie with the threshold of *committed segments* loses if the threshold's row comes before
-the band; where segments are done out of order it may win, and is a candidate.
+column holds some more than k of them; when they are full, the best k stay and the k-th becomes the
+limit.  Rows come in ascending order, so a later row that ties with the limit loses, and is not
+looked at: without that, every zero of a ReLU would be a candidate for the bottom list, and every
+minimum of a GELU.  A tie with the threshold of *committed segments* loses if the threshold's row
+comes before the band; where segments are done out of order it may win, and is a candidate.
+
+**Windows.**  A column needs two numbers of the window that is open: its highest value, and where
+to look for the first row that has it (the group, or in a group with several windows the row).  At
+the window's end they are compared with the column's limit; what passes, about one window in N / k
+after N windows, is looked up in the band and becomes a candidate, and the next window begins at
+minus infinity.  A window that goes on in the next band is looked up at the end of this one.
+
+**Counts.**  Columns of the histogram lie 272 counts apart, not 256: at a power of two the columns'
+busy bins would fall into the same few sets of the first cache, and counting take five times as
+long.
 
 **Stored types** are told apart by the integer their bits are seen as: uint16 holds float16, int16
 bfloat16, uint32 float32.
@@ -39,6 +50,7 @@ from numpy.typing import NDArray
 
 from actstore.compiled import compiled
 from actstore.folds.base import Array
+from actstore.folds.histogram import LAST_PLACE
 
 GROUP = 8
 """Rows taken together; an accumulator is then read and written once in eight values."""
@@ -48,6 +60,13 @@ N_PLACES = 16
 """Places of NaN and of overflow that are remembered."""
 BITS = {"float16": np.uint16, "bfloat16": np.int16, "float32": np.uint32}
 """What the bits of each stored dtype are seen as, which tells the kernel how to read them."""
+
+N_COUNTS = 272
+"""Counts of a column from one to the next: its 256 bins and what keeps columns apart."""
+NO_BIN = 255
+"""The bin where NaN is counted, which holds no value."""
+NOT_HERE = -1
+"""Of an open window's highest value: it was met in an earlier band."""
 
 TOP, BOTTOM = 0, 1
 NAN, OVERFLOW = 0, 1
@@ -73,16 +92,25 @@ class Sums(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """What may still enter the top and bottom lists of one site."""
+    """What may still enter some lists of one site: the top and bottom list, or a top list alone."""
 
     keys: NDArray[np.uint64]
-    """Keys in no order, (2, width, capacity)."""
+    """Keys in no order, (lists, width, capacity)."""
     counts: NDArray[np.int32]
-    """Keys held, (2, width)."""
+    """Keys held, (lists, width)."""
     limits: NDArray[np.float32]
-    """Values a candidate must exceed (top) or fall below (bottom), (2, width)."""
+    """Values a candidate must exceed (top) or fall below (bottom), (lists, width)."""
     k: int
     """How many are kept when the keys are full."""
+
+
+class Window(NamedTuple):
+    """The window that is open where a band ends."""
+
+    highs: NDArray[np.float32]
+    """Its highest value so far, -inf where there is none; shape (width,)."""
+    offsets: NDArray[np.int64]
+    """Offset in the segment of the first row that has it, where it passes the limit; (width,)."""
 
 
 class Found(NamedTuple):
@@ -106,6 +134,13 @@ def decode(keys: NDArray[np.uint64], side: int) -> tuple[NDArray[np.float32], ND
         ranks ^= LOW
     codes = np.where(ranks & SIGN, ranks ^ SIGN, ranks ^ LOW).astype(np.uint32)
     return codes.view(np.float32), (LOW - (keys & LOW)).astype(np.int64)
+
+
+def encode(values: NDArray[np.float32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the keys of a top list for values, none of them -0.0, and the rows that have them."""
+    codes = values.view(np.uint32).astype(np.uint64)
+    ranks = codes ^ np.where(codes & SIGN, LOW, SIGN)
+    return np.asarray(ranks << np.uint64(32) | (LOW - offsets.astype(np.uint64)))
 
 
 def _to_float(typing_context: Any, bits: Any) -> Any:
@@ -136,22 +171,39 @@ def fold_columns(
     sums: Sums,
     candidates: Candidates,
     found: Found,
+    zone: NDArray[np.float32],
+    is_content: bool,
+    counts: NDArray[np.uint32],
+    window_candidates: Candidates,
+    window: Window,
+    cuts: NDArray[np.int64],
 ) -> None:
-    """Fold some columns of the given rows of a band into the running state."""
+    """Fold some columns of the given rows of a band into the running state.
+
+    The largest and smallest values of these rows are written to `zone`, (2, width).  Only content
+    rows are counted in bins and come in windows: `cuts` are the places in `rows` where the window
+    that was open ends and another begins.
+    """
     # Taken apart here, once: an array got from a tuple is counted, which inner loops would feel.
     keys, n_keys, site_limits, k = candidates
+    window_keys, n_window_keys, site_window_limits, window_k = window_candidates
+    site_window_highs, window_offsets = window
     site_shift, site_powers, site_extremes, site_n, site_n_positive = sums
     chunk_columns = bits.shape[2]
     # The running state of a tile, copied to arrays whose rows lie a constant TILE apart: the
     # compiler can then see that the loops below may be vectorised.
     values = np.empty(GROUP * TILE, np.float32)
     codes = values.view(np.uint32)
+    highs, lows = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     limits = np.empty(2 * TILE, np.float32)
     extremes = np.empty(2 * TILE, np.float32)
     shift = np.empty(TILE, np.float64)
     powers = np.empty(5 * TILE, np.float64)
     n_positive = np.empty(TILE, np.int32)
     flags = np.empty(TILE, np.int8)
+    bins = np.empty(GROUP * TILE, np.uint8)
+    window_highs, window_limits = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    since = np.empty(TILE, np.int32)
 
     first, last = columns
     while first < last:
@@ -160,34 +212,70 @@ def fold_columns(
         for column in range(width):
             for side in range(2):
                 limits[side * TILE + column] = site_limits[side, first + column]
-                extremes[side * TILE + column] = site_extremes[side, first + column]
+            extremes[column], extremes[TILE + column] = -np.inf, np.inf
             for power in range(5):
                 powers[power * TILE + column] = 0.0
             shift[column] = site_shift[first + column]
             n_positive[column] = 0
+            window_highs[column] = site_window_highs[first + column]
+            window_limits[column] = site_window_limits[0, first + column]
+            since[column] = NOT_HERE
         for column in range(TILE):
             flags[column] = 0
+        cut = 0
 
         for begin in range(0, rows.size, GROUP):
             n_rows = min(GROUP, rows.size - begin)
             _convert(bits, chunk, start, rows, begin, n_rows, values, width)
-            if _screen(values, limits, flags, width):
+            if _screen(values, limits, highs, lows, n_positive, flags, width):
                 _examine(
                     *(bits, saturated, chunk, start, rows, begin, n_rows, first_offset),
-                    *(values, codes, limits, flags, first, width),
+                    *(values, codes, highs, lows, limits, flags, first, width),
                     *(keys, n_keys, k, site_n, found),
                 )
-            _add_extremes(values, extremes, n_positive, width)
+            _add_extremes(highs, lows, extremes, width)
             _add_powers(values, shift, powers, width)
+            if not is_content:
+                continue
+            _bin(values, codes, bins, width)
+            _count(bins, counts, n_rows, first, width)
+            at, stop = begin, begin + n_rows
+            while at < stop:
+                if cut < cuts.size and cuts[cut] == at:
+                    _end_window(
+                        *(bits, chunk, start, rows, first_offset, first, width),
+                        *(window_highs, since, window_offsets, window_limits, flags),
+                        *(window_keys, n_window_keys, window_k),
+                    )
+                    cut += 1
+                to = min(stop, cuts[cut]) if cut < cuts.size else stop
+                if to - at == n_rows:
+                    _raise_by_group(highs, begin, window_highs, since, width)
+                else:
+                    for i in range(at - begin, to - begin):
+                        _raise_by_row(values, i, begin + i, window_highs, since, width)
+                at = to
 
         for column in range(width):
             for side in range(2):
                 site_limits[side, first + column] = limits[side * TILE + column]
-                site_extremes[side, first + column] = extremes[side * TILE + column]
+            high, low = extremes[column], extremes[TILE + column]
+            zone[TOP, first + column], zone[BOTTOM, first + column] = high, low
+            site_extremes[TOP, first + column] = max(site_extremes[TOP, first + column], high)
+            site_extremes[BOTTOM, first + column] = min(site_extremes[BOTTOM, first + column], low)
             for power in range(5):
                 site_powers[power, first + column] += powers[power * TILE + column]
             site_n[first + column] += rows.size
             site_n_positive[first + column] += n_positive[column]
+        if is_content:
+            for column in range(width):
+                # The band will be gone when the window ends.
+                if window_highs[column] > window_limits[column] and since[column] != NOT_HERE:
+                    window_offsets[first + column] = first_offset + _first_row_with(
+                        window_highs[column], bits, chunk, start + column, rows, since[column]
+                    )
+                site_window_highs[first + column] = window_highs[column]
+                site_window_limits[0, first + column] = window_limits[column]
         first += width
 
 
@@ -203,6 +291,8 @@ def _examine(
     first_offset: int,
     values: NDArray[np.float32],
     codes: NDArray[np.uint32],
+    highs: NDArray[np.float32],
+    lows: NDArray[np.float32],
     limits: NDArray[np.float32],
     flags: NDArray[np.int8],
     first: int,
@@ -234,7 +324,11 @@ def _examine(
                 else:
                     code = saturated[1 if value > 0 else 0]
                     bits[chunk, row, start + column] = code
-                    values[i * TILE + column] = to_float(code)
+                    mended = to_float(code)
+                    values[i * TILE + column] = mended
+                    # The infinity was one of the group's extremes, or hid in their start.
+                    highs[column] = max(min(highs[column], to_float(saturated[1])), mended)
+                    lows[column] = min(max(lows[column], to_float(saturated[0])), mended)
                     sides = 3
             for side in range(2):
                 if not sides >> side & 1:
@@ -287,19 +381,28 @@ def _convert(
 def _screen(
     values: NDArray[np.float32],
     limits: NDArray[np.float32],
+    highs: NDArray[np.float32],
+    lows: NDArray[np.float32],
+    n_positive: NDArray[np.int32],
     flags: NDArray[np.int8],
     width: int,
 ) -> bool:
-    """Flag columns with a value beyond the top (1) or bottom (2) limit or NaN (4); say if any."""
+    """Write the extremes of a group, and count the positive values of its columns.
+
+    Flag columns with a value beyond the top (1) or bottom (2) limit or NaN (4); say if any.
+    """
     n_flagged = 0
     for column in range(width):
         high, low, is_nan = -np.float32(np.inf), np.float32(np.inf), False
+        n = n_positive[column]
         for i in range(GROUP):
             value = values[i * TILE + column]
             high = value if value > high else high
             low = value if value < low else low
             is_nan |= value != value
+            n += np.int32(value > np.float32(0.0))
         flag = (high > limits[column]) + 2 * (low < limits[TILE + column]) + 4 * is_nan
+        highs[column], lows[column], n_positive[column] = high, low, n
         flags[column] = flag
         n_flagged += flag
     return n_flagged > 0
@@ -307,19 +410,16 @@ def _screen(
 
 @compiled
 def _add_extremes(
-    values: NDArray[np.float32],
+    highs: NDArray[np.float32],
+    lows: NDArray[np.float32],
     extremes: NDArray[np.float32],
-    n_positive: NDArray[np.int32],
     width: int,
 ) -> None:
     for column in range(width):
-        high, low, n = extremes[column], extremes[TILE + column], n_positive[column]
-        for i in range(GROUP):
-            value = values[i * TILE + column]
-            high = value if value > high else high
-            low = value if value < low else low
-            n += np.int32(value > np.float32(0.0))
-        extremes[column], extremes[TILE + column], n_positive[column] = high, low, n
+        high, low = highs[column], lows[column]
+        extremes[column] = high if high > extremes[column] else extremes[column]
+        low_before = extremes[TILE + column]
+        extremes[TILE + column] = low if low < low_before else low_before
 
 
 @compiled
@@ -348,6 +448,134 @@ def _add_powers(
         powers[2 * TILE + column] += s3
         powers[3 * TILE + column] += s4
         powers[4 * TILE + column] += energy
+
+
+@compiled
+def _bin(
+    values: NDArray[np.float32],
+    codes: NDArray[np.uint32],
+    bins: NDArray[np.uint8],
+    width: int,
+) -> None:
+    """Write the bin of each value of a group: `histogram.bins_of`, by the bits."""
+    for i in range(GROUP):
+        for column in range(width):
+            value = abs(values[np.uint64(i * TILE + column)])
+            code = codes[np.uint64(i * TILE + column)]
+            # Exponent and two bits of the mantissa, counted from those of 2**-14, which are 452.
+            place = np.int32((code & np.uint32(0x7FFFFFFF)) >> np.uint32(21)) - np.int32(448)
+            place = min(place, np.int32(LAST_PLACE))
+            tiny = np.int32(min(value, np.float32(2.0**-14)) * np.float32(2.0**16))
+            place = tiny if value < np.float32(2.0**-14) else place
+            bin_ = np.int32(127) - place if code >> np.uint32(31) else np.int32(128) + place
+            bins[np.uint64(i * TILE + column)] = NO_BIN if value != value else bin_
+
+
+@compiled
+def _count(
+    bins: NDArray[np.uint8],
+    counts: NDArray[np.uint32],
+    n_rows: int,
+    first: int,
+    width: int,
+) -> None:
+    """Count the bins of a group; neighbours in a row are of different columns, none waits."""
+    for i in range(n_rows):
+        for column in range(width):
+            counts[np.uint64(first + column), bins[np.uint64(i * TILE + column)]] += np.uint32(1)
+
+
+@compiled
+def _raise_by_group(
+    highs: NDArray[np.float32],
+    begin: int,
+    window_highs: NDArray[np.float32],
+    since: NDArray[np.int32],
+    width: int,
+) -> None:
+    """Raise the open window's highest values to those of a group that lies in it."""
+    for column in range(width):
+        better = highs[column] > window_highs[column]
+        window_highs[column] = highs[column] if better else window_highs[column]
+        since[column] = np.int32(begin) if better else since[column]
+
+
+@compiled
+def _raise_by_row(
+    values: NDArray[np.float32],
+    i: int,
+    place: int,
+    window_highs: NDArray[np.float32],
+    since: NDArray[np.int32],
+    width: int,
+) -> None:
+    """Raise the open window's highest values to those of one row."""
+    for column in range(width):
+        value = values[np.uint64(i * TILE + column)]
+        better = value > window_highs[column]
+        window_highs[column] = value if better else window_highs[column]
+        since[column] = np.int32(place) if better else since[column]
+
+
+@compiled
+def _end_window(
+    bits: Array,
+    chunk: int,
+    start: int,
+    rows: NDArray[np.int64],
+    first_offset: int,
+    first: int,
+    width: int,
+    window_highs: NDArray[np.float32],
+    since: NDArray[np.int32],
+    window_offsets: NDArray[np.int64],
+    window_limits: NDArray[np.float32],
+    flags: NDArray[np.int8],
+    keys: NDArray[np.uint64],
+    n_keys: NDArray[np.int32],
+    k: int,
+) -> None:
+    """Make candidates of the highest values that pass their limits, and begin a window."""
+    n_flagged = 0
+    for column in range(width):
+        flag = int(window_highs[column] > window_limits[column])
+        flags[column] = flag
+        n_flagged += flag
+    if n_flagged > 0:
+        codes = window_highs.view(np.uint32)
+        for column in range(width):
+            if flags[column] == 0:
+                continue
+            site_column = first + column
+            if since[column] == NOT_HERE:
+                offset = window_offsets[site_column]
+            else:
+                offset = first_offset + _first_row_with(
+                    window_highs[column], bits, chunk, start + column, rows, since[column]
+                )
+            code, n = np.uint64(codes[column]), int(n_keys[0, site_column])
+            rank = code ^ (LOW if code & SIGN else SIGN)
+            keys[0, site_column, n] = rank << np.uint64(32) | (LOW - np.uint64(offset))
+            n += 1
+            if n == keys.shape[2]:
+                _keep_best(keys[0, site_column], n, k)
+                n = k
+                rank = keys[0, site_column, k - 1] >> np.uint64(32)
+                kth = to_float(np.uint32(rank ^ (SIGN if rank & SIGN else LOW)))
+                window_limits[column] = max(window_limits[column], kth)
+            n_keys[0, site_column] = n
+    for column in range(width):
+        window_highs[column] = -np.inf
+
+
+@compiled
+def _first_row_with(
+    value: float, bits: Array, chunk: int, column: int, rows: NDArray[np.int64], place: int
+) -> int:
+    """Return the first of some rows, from a place on, that has a value; one of them has it."""
+    while to_float(bits[chunk, rows[place], column]) != value:
+        place += 1
+    return int(rows[place])
 
 
 @compiled

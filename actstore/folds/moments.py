@@ -73,7 +73,13 @@ class Moments:
             energy_positive=np.zeros(width),
         )
 
-    def update(self, state: MomentsState, block: Array, row_ids: NDArray[np.int64]) -> MomentsState:
+    def update(
+        self,
+        state: MomentsState,
+        block: Array,
+        row_ids: NDArray[np.int64],
+        windows: NDArray[np.int64] | None = None,
+    ) -> MomentsState:
         """Return the moments with the rows of a block added; which rows they are is of no account.
 
         See Also

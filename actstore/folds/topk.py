@@ -92,9 +92,11 @@ class TopK:
 
     def start(self, width: int) -> TopKState:
         """Return empty lists."""
-        return TopKState(*(_empty(width, self.k) for _ in SIDES))
+        return TopKState(*(empty_list(width, self.k) for _ in SIDES))
 
-    def update(self, state: TopKState, block: Array, row_ids: Int64) -> TopKState:
+    def update(
+        self, state: TopKState, block: Array, row_ids: Int64, windows: Int64 | None = None
+    ) -> TopKState:
         """Return the lists with the rows of a block added.
 
         See Also
@@ -105,18 +107,8 @@ class TopK:
         values = read_values(block, np.float32).T
         rows = np.broadcast_to(np.asarray(row_ids, np.int64), values.shape)
         return TopKState(
-            self._best(state.top, values, rows, -1), self._best(state.bottom, values, rows, 1)
+            best(state.top, values, rows, "top"), best(state.bottom, values, rows, "bottom")
         )
-
-    def _best(self, old: Ranked, values: Float32, rows: Int64, sign: int) -> Ranked:
-        values = np.concatenate([old.values, values], axis=1)
-        rows = np.concatenate([old.row_ids, rows], axis=1)
-        # NaN, which also marks places not taken, sorts last under either sign.
-        order = np.lexsort((rows, sign * values), axis=-1)[:, : self.k]
-        values = np.take_along_axis(values, order, axis=1)
-        valid = ~np.isnan(values)
-        rows = np.where(valid, np.take_along_axis(rows, order, axis=1), -1)
-        return Ranked(values, rows, valid.sum(axis=1).astype(np.int32))
 
     def merge(self, a: TopKState, b: TopKState) -> TopKState:
         """Return the lists of the rows of `a` and `b` together; time O(width x k), compiled.
@@ -126,23 +118,10 @@ class TopK:
         ArgumentError
             If the states are of different widths or another k.
         """
-        shapes = {side.values.shape for state in (a, b) for side in (state.top, state.bottom)}
-        if shapes != {(a.top.counts.size, self.k)}:
-            raise ArgumentError(
-                f"lists of (columns, k) = {' and '.join(map(str, sorted(shapes)))} cannot be "
-                f"merged by TopK(k={self.k}); merge states of one site and this k only."
-            )
-        width = a.top.counts.size
-        merged = TopKState(*(_empty(width, self.k) for _ in SIDES))
-        for side in SIDES:
-            x, y, out = (getattr(state, side) for state in (a, b, merged))
-            _merge_lists(
-                *(x.values, x.row_ids, x.counts),
-                *(y.values, y.row_ids, y.counts),
-                *(out.values, out.row_ids, out.counts),
-                side == "top",
-            )
-        return merged
+        return TopKState(
+            merge_lists(a.top, b.top, "top", self.k),
+            merge_lists(a.bottom, b.bottom, "bottom", self.k),
+        )
 
     def finish(self, state: TopKState) -> dict[str, Array]:
         """Return no columns: exemplars are a table of their own."""
@@ -161,20 +140,7 @@ class TopK:
 
     def to_arrays(self, state: TopKState) -> dict[str, Array]:
         """Return the places taken, column after column; a segment's take 6 bytes each."""
-        arrays: dict[str, Array] = {}
-        for side in SIDES:
-            ranked: Ranked = getattr(state, side)
-            taken = ranked.taken
-            rows = ranked.row_ids[taken]
-            first = rows.min(initial=np.iinfo(np.int64).max) if rows.size else 0
-            distance = rows - first
-            arrays[f"{side}_counts"] = ranked.counts
-            arrays[f"{side}_values"] = ranked.values[taken]
-            arrays[f"{side}_first_row_id"] = np.array([first], np.int64)
-            # Rows of one segment lie close together: 16 bits hold their distances.
-            narrow = np.min_scalar_type(int(distance.max(initial=0)))
-            arrays[f"{side}_row_distances"] = distance.astype(narrow)
-        return arrays
+        return list_to_arrays(state.top, "top") | list_to_arrays(state.bottom, "bottom")
 
     def from_arrays(self, arrays: Mapping[str, Array]) -> TopKState:
         """Return the state that `to_arrays` was given.
@@ -184,30 +150,91 @@ class TopK:
         ArgumentError
             If a list is longer than k.
         """
-        sides = []
-        for side in SIDES:
-            counts = np.asarray(arrays[f"{side}_counts"], np.int32)
-            if counts.max(initial=0) > self.k:
-                raise ArgumentError(
-                    f"a {side} list of {counts.max()} places does not fit TopK(k={self.k}); "
-                    f"read it with TopK(k={counts.max()}) or a larger k."
-                )
-            ranked = _empty(counts.size, self.k)
-            ranked.counts[:] = counts
-            taken = ranked.taken
-            ranked.values[taken] = arrays[f"{side}_values"]
-            distances = arrays[f"{side}_row_distances"].astype(np.int64)
-            ranked.row_ids[taken] = distances + arrays[f"{side}_first_row_id"]
-            sides.append(ranked)
-        return TopKState(*sides)
+        return TopKState(*(list_from_arrays(arrays, side, self.k) for side in SIDES))
 
 
-def _empty(width: int, k: int) -> Ranked:
+def empty_list(width: int, k: int) -> Ranked:
+    """Return a list without a place taken."""
     return Ranked(
         values=np.full((width, k), np.nan, np.float32),
         row_ids=np.full((width, k), -1, np.int64),
         counts=np.zeros(width, np.int32),
     )
+
+
+def best(old: Ranked, values: Float32, rows: Int64, side: str) -> Ranked:
+    """Return a list with (value, row) pairs added, both of shape (width, n); NaN is no value."""
+    k = old.values.shape[1]
+    values = np.concatenate([old.values, values], axis=1)
+    rows = np.concatenate([old.row_ids, rows], axis=1)
+    # NaN, which also marks places not taken, sorts last under either sign.
+    order = np.lexsort((rows, -values if side == "top" else values), axis=-1)[:, :k]
+    values = np.take_along_axis(values, order, axis=1)
+    valid = ~np.isnan(values)
+    rows = np.where(valid, np.take_along_axis(rows, order, axis=1), -1)
+    return Ranked(values, rows, valid.sum(axis=1).astype(np.int32))
+
+
+def merge_lists(a: Ranked, b: Ranked, side: str, k: int) -> Ranked:
+    """Return the best k places of two lists; compiled.
+
+    Raises
+    ------
+    ArgumentError
+        If the lists are of different widths or another k.
+    """
+    shapes = {ranked.values.shape for ranked in (a, b)}
+    if shapes != {(a.counts.size, k)}:
+        raise ArgumentError(
+            f"lists of (columns, k) = {' and '.join(map(str, sorted(shapes)))} cannot be merged "
+            f"with k={k}; merge states of one site and this k only."
+        )
+    merged = empty_list(a.counts.size, k)
+    _merge_lists(
+        *(a.values, a.row_ids, a.counts),
+        *(b.values, b.row_ids, b.counts),
+        *(merged.values, merged.row_ids, merged.counts),
+        side == "top",
+    )
+    return merged
+
+
+def list_to_arrays(ranked: Ranked, name: str) -> dict[str, Array]:
+    """Return the places taken, column after column, as arrays whose names begin with `name`."""
+    rows = ranked.row_ids[ranked.taken]
+    first = rows.min() if rows.size else 0
+    distance = rows - first
+    # Rows of one segment lie close together: 16 bits hold their distances.
+    narrow = np.min_scalar_type(int(distance.max(initial=0)))
+    return {
+        f"{name}_counts": ranked.counts,
+        f"{name}_values": ranked.values[ranked.taken],
+        f"{name}_first_row_id": np.array([first], np.int64),
+        f"{name}_row_distances": distance.astype(narrow),
+    }
+
+
+def list_from_arrays(arrays: Mapping[str, Array], name: str, k: int) -> Ranked:
+    """Return the list that `list_to_arrays` was given.
+
+    Raises
+    ------
+    ArgumentError
+        If it is longer than k.
+    """
+    counts = np.asarray(arrays[f"{name}_counts"], np.int32)
+    if counts.max(initial=0) > k:
+        raise ArgumentError(
+            f"a {name} list of {counts.max()} places does not fit k={k}; read it with "
+            f"k={counts.max()} or more."
+        )
+    ranked = empty_list(counts.size, k)
+    ranked.counts[:] = counts
+    taken = ranked.taken
+    ranked.values[taken] = arrays[f"{name}_values"]
+    distances = arrays[f"{name}_row_distances"].astype(np.int64)
+    ranked.row_ids[taken] = distances + arrays[f"{name}_first_row_id"]
+    return ranked
 
 
 @compiled

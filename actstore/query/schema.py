@@ -50,7 +50,7 @@ _RESULT = _columns(
     ("result", "VARCHAR", "name of the result"),
 )
 _EXEMPLAR = _columns(
-    ("side", "VARCHAR", "'top' for the highest values, 'bottom' for the lowest"),
+    ("side", "VARCHAR", "'top' for the highest values, 'bottom' the lowest, 'window' one a window"),
     ("rank", "INTEGER", "place in that list, from 1; equal values in the order of rows"),
     ("row_id", "BIGINT", "the row; see `tokens`"),
     ("value", "FLOAT", "value at that row"),
@@ -125,6 +125,11 @@ VIEWS: Mapping[str, View] = {
             ("share_positive", "DOUBLE", "share of rows above zero"),
             ("skewness", "DOUBLE", "third standardised moment"),
             ("kurtosis", "DOUBLE", "fourth standardised moment, less 3"),
+            *(
+                (f"q{q}_{end}", "DOUBLE", f"{end} end of the histogram bin of the {q} % quantile")
+                for q in ("01", "05", "25", "50", "75", "95", "99")
+                for end in ("low", "high")
+            ),
             ("energy", "DOUBLE", "sum of squares"),
             ("energy_positive", "DOUBLE", "sum of squares of the values above zero"),
             ("other_n", "BIGINT", "special and first rows"),

@@ -3,7 +3,8 @@
 The index keeps the highest and lowest hundred values of every neuron over the segments it covers.
 Where that is enough it is read; segments it does not cover are scanned and merged in; and where it
 is not enough the whole stored column is scanned.  The order is total, so every way gives the same
-rows: value first, then row, ascending; NaN never enters, and -0.0 equals 0.0.
+rows: value first, then row, ascending; NaN never enters, and -0.0 equals 0.0.  Where a site does
+not store every row a scan would be wrong, so what the index cannot answer is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from actstore.query.answer import Answer
 from actstore.query.context import snippets
 from actstore.site import Site
 from actstore.store import FIRST, SPECIAL, CoreStore, Generation, SiteInfo
+from actstore.store.stored_rows import ALL, keep_text
 
 Ids = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float32]
@@ -57,8 +59,9 @@ def top(
 ) -> Top:
     """Return the rows where a neuron is strongest, with the text around them.
 
-    Exact over all committed content rows (neither special nor first).  From the index it costs
-    milliseconds; a scan reads one column, 2 to 4 bytes a row, and the token index.
+    Exact over all committed content rows (neither special nor first), whether they are stored or
+    not.  From the index it costs milliseconds; a scan reads one column, 2 to 4 bytes a row, and the
+    token index.
 
     Parameters
     ----------
@@ -87,12 +90,15 @@ def top(
     NeuronNotFound
         If the site does not have the neuron.
     ArgumentError
-        If `k` is not a positive integer, or `before` or `after` is negative.
+        If `k` is not a positive integer, or `before` or `after` is negative; or if not all rows
+        are stored, and the index holds fewer than `k` or does not cover all segments.
     """
     info = store.site(site)
     neuron, k = _checked(store, info, neuron, k)
     space = info.site.space
     found = _best_in_index(store, info, neuron, k, largest)
+    if info.keep != ALL:
+        _check_answered(store, info, neuron, k, largest, found is not None)
     if found is None:
         ids, values, n_values = _scan(store, info, neuron, k, largest, store.committed)
         rows = sum(store.committed_rows(space).values())
@@ -109,6 +115,8 @@ def top(
                 np.concatenate([ids, more_ids]), np.concatenate([values, more_values]), k, largest
             )
             reached += f" + {_count(len(missing), 'segment')} scanned"
+        if len(ids) < k:  # the list is all there is
+            reached += f"; k = {k:,}, and there are {len(ids):,} content rows with a value"
     around = snippets(store, ids, before, after, space)
     table = pa.table(
         {
@@ -146,23 +154,72 @@ def _best_in_index(
 ) -> tuple[Ids, Values, tuple[int, ...]] | None:
     """Return the best k rows of the covered segments, or None if the index does not hold so many.
 
-    A list shorter than k may be all there is, or as long as the index makes them; a scan can tell.
+    A list shorter than k may be all there is, or as long as the index makes them; a scan can tell,
+    and where not all rows are stored, the number of values that the neuron had.
     """
     generation = store.index()
-    name = _exemplar_file(generation, info) if generation is not None else None
-    if generation is None or name is None:
+    if generation is None:
+        return None
+    table = _list(store, generation, info, neuron, k, largest)
+    if table is None:
+        return None
+    if len(table) < k and (
+        info.keep == ALL or len(table) < _n_values(store, generation, info, neuron)
+    ):
+        return None
+    ids, values = table["row_id"].to_numpy(), table["value"].to_numpy()
+    return *_best(ids, values, k, largest), generation.covers
+
+
+def _list(
+    store: CoreStore, generation: Generation, info: SiteInfo, neuron: int, k: int, largest: bool
+) -> pa.Table | None:
+    """Return the first k places of a neuron's list: row_id and value; None if there is no list."""
+    name = _exemplar_file(generation, info)
+    if name is None:
         return None
     store.verifier.check({name: generation.files[name]})
     side = "top" if largest else "bottom"
-    table = pq.read_table(
+    return pq.read_table(
         store.path / name,
         columns=["row_id", "value"],
         filters=[("neuron", "=", neuron), ("side", "=", side), ("rank", "<=", k)],
     )
-    if len(table) < k:
-        return None
-    ids, values = table["row_id"].to_numpy(), table["value"].to_numpy()
-    return *_best(ids, values, k, largest), generation.covers
+
+
+def _n_values(store: CoreStore, generation: Generation, info: SiteInfo, neuron: int) -> int:
+    """Return how many content rows of the covered segments have a value of a neuron."""
+    name = f"{generation.folder}/neurons.parquet"
+    store.verifier.check({name: generation.files[name]})
+    table = pq.read_table(
+        store.path / name,
+        columns=["n"],
+        filters=[("site", "=", str(info.site)), ("neuron", "=", neuron)],
+    )
+    return int(table["n"][0].as_py())
+
+
+def _check_answered(
+    store: CoreStore, info: SiteInfo, neuron: int, k: int, largest: bool, found: bool
+) -> None:
+    """Raise `ArgumentError` unless the index answers alone: a scan would miss rows."""
+    generation = store.index()
+    why = (
+        f"not every row of {info.site} is stored in {store.path} (keep = {keep_text(info.keep)!r})"
+    )
+    covers = generation.covers if generation else ()
+    if missing := len(set(store.committed) - set(covers)):
+        raise ArgumentError(
+            f"the index does not cover {_count(missing, 'segment')} yet, and they cannot be "
+            f"scanned: {why}. Run `actstore finish {store.path}`, or store.finish(), first."
+        )
+    if generation and not found:
+        table = _list(store, generation, info, neuron, k, largest)
+        raise ArgumentError(
+            f"k = {k:,} is more than the index holds, and the column cannot be scanned: {why}. "
+            f"Ask for k <= {0 if table is None else len(table)}, or capture into a new store with "
+            "keep='all' (--keep all)."
+        )
 
 
 def _exemplar_file(generation: Generation, info: SiteInfo) -> str | None:

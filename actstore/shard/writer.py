@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,14 @@ class ShardFacts:
     """Bands written."""
     checksums_crc32c: int
     """crc32c of the chunks' checksums in file order (little endian): it depends on every value."""
+
+
+class Writable(Protocol):
+    """A file open for writing at its start."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Write some or all of the data; return how many bytes."""
+        ...
 
 
 def to_band(rows_block: NDArray[Any], layout: ShardLayout) -> NDArray[Any]:
@@ -72,8 +80,8 @@ class ShardWriter:
 
     Parameters
     ----------
-    file : binary file
-        Open for writing at its start; anything with ``write``.
+    file : Writable
+        Open for writing at its start: a binary file, or anything with ``write``.
     layout : ShardLayout
         The layout of the shard.
 
@@ -87,7 +95,7 @@ class ShardWriter:
     True
     """
 
-    def __init__(self, file: BinaryIO, layout: ShardLayout) -> None:
+    def __init__(self, file: Writable, layout: ShardLayout) -> None:
         self._file = file
         self._layout = layout
         self._n_bands = 0

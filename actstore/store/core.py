@@ -14,7 +14,7 @@ import shutil
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,16 +37,18 @@ from actstore.errors import (
     StoreNotFound,
     did_you_mean,
 )
-from actstore.shard import ShardLayout, ShardReader
+from actstore.shard import DTYPES, ShardLayout, ShardReader
 from actstore.site import Site, select, summarize
 from actstore.store.generations import Generation, latest, latest_prefix
 from actstore.store.meta import FIRST, SPECIAL, Commit, Part, Segment, SiteInfo, StoreMeta
 from actstore.store.results import Result, ResultWriter
 from actstore.store.rows import Rows, SiteRows
 from actstore.store.segment_writer import SegmentWriter
+from actstore.store.stored_rows import ALL, NONE, is_sample, keep_text, sample_name
 from actstore.store.tables import TOKENS, VOCABULARY, DocumentTables, TokenTables
 
 _OPEN_SHARDS = 256
+_SAMPLES = 64  # of at most S / 2 rows, 8 bytes each
 _GROUP: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
@@ -108,6 +110,7 @@ class CoreStore:
         self._layouts: dict[Site, ShardLayout] = {}
         self._shards: OrderedDict[tuple[str, int, FileFacts], _OpenShard] = OrderedDict()
         self._verified: dict[tuple[str, int, FileFacts], npt.NDArray[np.bool_]] = {}
+        self._samples: OrderedDict[str, npt.NDArray[np.int64]] = OrderedDict()
         self._commits: dict[int, Commit] = {}
         self._lock = threading.Lock()  # scans read ahead in a thread of their own
         self.refresh()
@@ -140,8 +143,7 @@ class CoreStore:
 
     def refresh(self) -> None:
         """See what other processes have published since."""
-        self.parts = self._read_parts()
-        self._segments = {s.segment: s for part in self.parts for s in part.segments}
+        self._read_plan()
         self.refresh_commits()
         self.__dict__.pop("vocabulary", None)
 
@@ -149,6 +151,10 @@ class CoreStore:
         """See which segments are committed by now."""
         self.committed = self._list_commits()
         self._stored = frozenset(self.committed)
+
+    def _read_plan(self) -> None:
+        self.parts = self._read_parts()
+        self._segments = {s.segment: s for part in self.parts for s in part.segments}
 
     def _read_parts(self) -> list[Part]:
         names = sorted(path for path in (self.path / "plan").glob("*.json") if path.stem.isdigit())
@@ -190,10 +196,8 @@ class CoreStore:
     def grow_arrays(self) -> None:
         """Give every array the shape the plan asks for; it has it already, unless a crash came."""
         n_segments = max(self._segments, default=-1) + 1
-        for info in self.meta.sites:
-            layout = ShardLayout.for_width(
-                info.width, self.meta.segment_rows, info.dtype, self.meta.chunk_rows
-            )
+        for info in self.meta.kept_sites:
+            layout = self.meta.layout(info)
             attributes = {"site": str(info.site), "module": info.module, "side": info.side}
             documents = {self.path / info.path: layout.zarr_metadata(n_segments, attributes)}
             for parent in Path(info.path).parents[:-1]:  # Zarr readers walk down by groups
@@ -235,6 +239,8 @@ class CoreStore:
             return ()
         names = (entry.name for entry in folder.iterdir())
         found = sorted(int(m[1]) for name in names if (m := re.fullmatch(r"(\d+)\.json", name)))
+        if not self._segments.keys() >= set(found):
+            self._read_plan()  # another process may have published a part since
         unplanned = [segment for segment in found if segment not in self._segments]
         if unplanned:
             raise DamagedFile(
@@ -306,7 +312,15 @@ class CoreStore:
         return SiteRows(self, self.site(site))
 
     def layout(self, info: SiteInfo) -> ShardLayout:
-        """Return how the site's array is laid out on disk."""
+        """Return how the site's array is laid out on disk.
+
+        Raises
+        ------
+        RowNotFound
+            If the site keeps no rows, and so has no array.
+        """
+        if info.keep == NONE:
+            raise self.not_stored(info)
         if info.site not in self._layouts:
             path = self.path / info.path / "zarr.json"
             if not path.exists():
@@ -315,7 +329,7 @@ class CoreStore:
             if (layout.width, layout.dtype, layout.rows) != (
                 info.width,
                 info.dtype,
-                self.meta.segment_rows,
+                self.meta.layout(info).rows,
             ):
                 raise FormatError(f"{path} does not agree with the metadata of {self.path}.")
             self._layouts[info.site] = layout
@@ -366,12 +380,105 @@ class CoreStore:
             return self._shards[key]
 
     def _site_shard(self, info: SiteInfo, segment: int) -> _OpenShard:
+        self._check_committed(segment)
+        layout = self.layout(info)
+        facts = self.commit_of(segment).files[f"{info.path}/c/{segment}/0"]
+        return self._shard(info.path, segment, layout, facts)
+
+    def stored_offsets(self, info: SiteInfo, segment: int) -> npt.NDArray[np.int64]:
+        """Return the offsets of a committed segment whose rows are stored at a site, ascending.
+
+        Row ``i`` of the segment's shard is the row at offset ``stored_offsets[i]``.
+        """
+        if info.keep == ALL:
+            return np.arange(self.planned[segment].rows.get(info.site.space, 0), dtype=np.int64)
+        if info.keep == NONE:
+            return np.empty(0, dtype=np.int64)
+        self._check_committed(segment)
+        name = sample_name(info.site.space, info.keep, segment)
+        with self._lock:
+            if name not in self._samples:
+                self.verifier.check({name: self.commit_of(segment).files[name]})
+                offsets = np.load(self.path / name, allow_pickle=False)
+                self._samples[name] = offsets.astype(np.int64)
+                if len(self._samples) > _SAMPLES:
+                    self._samples.popitem(last=False)
+            self._samples.move_to_end(name)
+            return self._samples[name]
+
+    def positions(
+        self, info: SiteInfo, segment: int, offsets: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Return where rows lie in a segment's shard, given their offsets in the segment.
+
+        Raises
+        ------
+        RowNotFound
+            If a row is not stored at the site.
+        """
+        if info.keep == ALL:
+            return offsets
+        stored = self.stored_offsets(info, segment)
+        places = np.searchsorted(stored, offsets)
+        found = places < len(stored)
+        found[found] = stored[places[found]] == offsets[found]
+        if not found.all():
+            row_id = segment * self.meta.segment_rows + int(offsets[~found][0])
+            raise self.not_stored(info, row_id)
+        return places
+
+    def not_stored(self, info: SiteInfo, row_id: int | None = None) -> RowNotFound:
+        """Return the error that a row is not stored at a site, or that none are."""
+        if info.keep == NONE:
+            what = f"no rows of {info.site} are stored in {self.path} (keep = 'none')"
+        else:
+            what = (
+                f"row_id = {row_id} is not stored at {info.site} of {self.path}, which keeps "
+                f"{keep_text(info.keep)} of the content rows: those that "
+                f"store[{str(info.site)!r}].row_ids() names"
+            )
+        return RowNotFound(
+            f"{what}. store.replay(rows, sites) computes any rows again from the stored tokens."
+        )
+
+    def rows_stored(self, rows: Rows, infos: Sequence[SiteInfo]) -> Rows:
+        """Return those of some committed rows that are stored at all of some sites of one space.
+
+        Raises
+        ------
+        ArgumentError
+            If one of the sites stores no rows.
+        """
+        least = min(infos, key=lambda info: info.keep)
+        if least.keep == ALL:
+            return rows
+        if least.keep == NONE:
+            unkept = summarize(info.site for info in infos if info.keep == NONE)
+            kept = summarize(info.site for info in self.meta.kept_sites) or "none"
+            raise ArgumentError(
+                f"sites = {unkept}: no rows of them are stored in {self.path} (keep = 'none'); "
+                f"expected sites that store rows, which are: {kept}. Capture into a new store with "
+                "keep='all' or a fraction such as keep='1/64' (--keep 1/64)."
+            )
+
+        def masks() -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+            for segment in rows.segments:
+                mask = np.zeros(self.meta.segment_rows, dtype=np.bool_)
+                # Samples are nested: what the smallest has, all have.
+                mask[self.stored_offsets(least, segment)] = True
+                wanted = np.zeros_like(mask)
+                wanted[rows.offsets(segment)] = True
+                yield segment, mask & wanted
+
+        rule = f"{rows.rule}, {keep_text(least.keep)} of the content rows stored"
+        found = Rows.from_masks(rule, rows.segment_rows, masks())
+        return rows if found.n_rows == rows.n_rows else found
+
+    def _check_committed(self, segment: int) -> None:
         if segment not in self._stored:
             raise RowNotFound(
                 f"segment {segment} of {self.path} is not captured yet. Run the same capture again."
             )
-        facts = self.commit_of(segment).files[f"{info.path}/c/{segment}/0"]
-        return self._shard(info.path, segment, self.layout(info), facts)
 
     def read(
         self,
@@ -381,13 +488,20 @@ class CoreStore:
         stop: int,
         out: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
-        """Return rows ``start … stop`` (offsets) of a segment, ``(rows, width)``, stored dtype."""
+        """Return rows ``start … stop`` of a segment's shard, ``(rows, width)``, stored dtype.
+
+        Where all rows are kept these are offsets in the segment; else see `positions`.
+        """
         shard = self._site_shard(info, segment)  # held: the file closes with the last reference
         return shard.reader.read_rows(start, stop, out=out)
 
     def read_column(self, info: SiteInfo, segment: int, neuron: int) -> npt.NDArray[Any]:
-        """Return one neuron over all rows of a segment, ``(rows,)``, in the stored dtype."""
+        """Return one neuron over the rows of a segment's shard, ``(rows,)``, stored dtype."""
         rows = self.planned[segment].rows[info.site.space]
+        if is_sample(info.keep):
+            rows = len(self.stored_offsets(info, segment))
+            if not rows:  # and so no shard
+                return np.empty(0, DTYPES[info.dtype])
         shard = self._site_shard(info, segment)
         return shard.reader.read_column(neuron, 0, rows)
 
@@ -401,11 +515,11 @@ class CoreStore:
     def tokens_of(self, row_ids: npt.ArrayLike, space: str = "") -> pa.Table:
         """Return the token index of the given rows, in their order."""
         ids = np.asarray(row_ids, dtype=np.int64)
-        segments = ids // self.meta.segment_rows
-        for segment in np.unique(segments):
-            if int(segment) not in self.planned:
-                self.check_row(int(ids[segments == segment][0]), space)
-        part_of = np.array([self.planned[int(s)].part for s in segments], dtype=np.int64)
+        segments, which = np.unique(ids // self.meta.segment_rows, return_inverse=True)
+        for i, segment in enumerate(segments.tolist()):
+            if segment not in self.planned:
+                self.check_row(int(ids[which == i][0]), space)
+        part_of = np.array([self.planned[s].part for s in segments.tolist()], np.int64)[which]
         order = np.argsort(part_of, kind="stable")
         pieces = [
             self.tokens_tables.rows(self.parts[int(p)], ids[order][part_of[order] == p], space)
@@ -535,13 +649,24 @@ class CoreStore:
         )
 
     def read_scores(self, result: Result, array: str, segment: int) -> npt.NDArray[Any]:
-        """Return a result's values at the rows of a segment, ``(rows, columns)``."""
+        """Return a result's values at the rows of a segment, ``(rows, columns)``.
+
+        Where its sites do not store all rows it has values for those only, and NaN for the others.
+        """
         layout = result.layout(array)
         name = f"{array}/c/{segment}/0"
         path = result.path.relative_to(self.path).as_posix()
         shard = self._shard(f"{path}/{array}", segment, layout, result.files[name])
         rows = self.planned[segment].rows[result.document.get("space", "")]
-        return shard.reader.read_rows(0, rows)
+        infos = [self.site(site) for site in result.document.get("sites", ())]
+        least = min(infos, key=lambda info: info.keep, default=None)
+        if least is None or least.keep == ALL:
+            return shard.reader.read_rows(0, rows)
+        stored = self.stored_offsets(least, segment)
+        values = np.full((rows, layout.width), np.nan, layout.numpy_dtype)
+        if len(stored):
+            values[stored] = shard.reader.read_rows(0, len(stored))
+        return values
 
     def n_bytes(self) -> int:
         """Return the bytes of the committed activations, as their commits say."""

@@ -41,7 +41,7 @@ class Info:
     n_documents: int
     """Documents planned."""
     n_rows: int
-    """Rows stored."""
+    """Rows captured."""
     n_rows_planned: int
     """Rows planned."""
     n_segments: int
@@ -50,6 +50,8 @@ class Info:
     """Segments planned."""
     n_neurons: int
     """Columns over all sites."""
+    keep: str
+    """What part of the rows is stored."""
     n_bytes: int
     """Bytes of the committed segments."""
     n_overflow: int
@@ -90,6 +92,8 @@ class Info:
             lines.append(
                 ("", f"{site.sites}: {site.width:,} x {site.dtype}, {site.module}"),
             )
+        of_what = " of the content rows" if self.keep.startswith("1/") else ""
+        lines.append(("kept", f"{self.keep}{of_what}"))
         lines.append(("size", _size(self.n_bytes)))
         if self.n_overflow or self.n_nan:
             lines.append(("warning", f"{self.n_overflow:,} values saturated, {self.n_nan:,} NaN"))
@@ -150,6 +154,7 @@ def info(store: CoreStore) -> Info:
         len(store.committed),
         len(store.planned),
         sum(i.width for i in store.meta.sites),
+        store.meta.keep,
         store.n_bytes(),
         sum(c.n_overflow for commit in commits for c in commit.counts.values()),
         sum(c.n_nan for commit in commits for c in commit.counts.values()),

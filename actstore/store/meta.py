@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from actstore.durable import FileFacts, unsealed
 from actstore.errors import FormatError
+from actstore.shard import ShardLayout
 from actstore.site import Site
+from actstore.store.stored_rows import ALL, NONE, shard_rows
 
 FORMAT = 1
 """Version of the format on disk that this code writes and reads."""
@@ -31,6 +33,8 @@ class SiteInfo:
     """Number of neurons, or channels in a residual site."""
     dtype: str
     """Stored dtype: ``"float16"``, ``"float32"`` or ``"bfloat16"``."""
+    keep: float = ALL
+    """The part of its rows that is stored: 1, 2^-j of the content rows, or 0."""
 
     @property
     def path(self) -> str:
@@ -54,6 +58,7 @@ class SiteInfo:
             "dtype": self.dtype,
             "module": self.module,
             "side": self.side,
+            "keep": self.keep,
         }
 
     @classmethod
@@ -66,6 +71,7 @@ class SiteInfo:
             str(entry["side"]),
             int(entry["width"]),
             str(entry["dtype"]),
+            float(entry.get("keep", ALL)),
         )
 
 
@@ -86,7 +92,7 @@ class StoreMeta:
     chunk_rows: int
     """Rows of a chunk; a power of two that divides S."""
     keep: str
-    """Which rows are kept: ``"all"``."""
+    """Which rows are kept, in words: ``"all"``, ``"none"``, ``"1/256"``, or by sites."""
     context: int
     """Tokens of a window, special ones counted."""
     overlap: int
@@ -97,11 +103,25 @@ class StoreMeta:
     """Versions of the libraries that made the store."""
     sites: tuple[SiteInfo, ...]
     """The captured sites, sorted."""
+    sample_seed: int = 0
+    """Seed of the sample of rows that sites keep which do not keep all."""
+    grams: tuple[str, ...] = ()
+    """Names of the sites whose Gram matrix is folded."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes one row takes over all sites."""
+        """Bytes one row takes over all sites, kept or not."""
         return sum(info.row_bytes for info in self.sites)
+
+    @property
+    def kept_sites(self) -> tuple[SiteInfo, ...]:
+        """The sites that store rows, all or some."""
+        return tuple(info for info in self.sites if info.keep != NONE)
+
+    def layout(self, info: SiteInfo) -> ShardLayout:
+        """Return how the array of a site that stores rows is laid out."""
+        rows = shard_rows(self.segment_rows, info.keep)
+        return ShardLayout.for_width(info.width, rows, info.dtype, self.chunk_rows)
 
     @property
     def spaces(self) -> tuple[str, ...]:
@@ -133,9 +153,14 @@ class StoreMeta:
             )
         document = unsealed(document, f"the metadata of {where}")
         try:
-            fields = {key: document[key] for key in cls.__dataclass_fields__}
-            fields["sites"] = tuple(SiteInfo.from_json(entry) for entry in document["sites"])
-            return cls(**fields)
+            values = {
+                field.name: document[field.name]
+                for field in fields(cls)
+                if field.default is MISSING or field.name in document
+            }
+            values["sites"] = tuple(SiteInfo.from_json(entry) for entry in document["sites"])
+            values["grams"] = tuple(document.get("grams", ()))
+            return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the metadata of {where} breaks the format: {error!r}.") from error
 

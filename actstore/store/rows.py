@@ -7,6 +7,7 @@ shards stay inside the store, so a value cannot be given to the wrong token by c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import psutil
 from actstore.errors import BudgetExceeded, RowNotFound
 from actstore.shard import DTYPES
 from actstore.store.meta import SiteInfo
+from actstore.store.stored_rows import ALL, NONE, keep_text
 
 if TYPE_CHECKING:
     from actstore.store.core import CoreStore
@@ -140,7 +142,8 @@ class SiteRows:
     """The activations of one site, indexed by row_id.
 
     ``site[17]`` is one row, ``site[[3, 1, 17]]`` several in the order given, ``site[100:200]`` the
-    rows with ids in that range, holes skipped.  Values come as NumPy in the stored dtype.
+    rows with ids in that range, holes and rows that are not stored skipped.  Values come as NumPy
+    in the stored dtype.
     """
 
     def __init__(self, store: CoreStore, info: SiteInfo) -> None:
@@ -148,11 +151,13 @@ class SiteRows:
         self.info = info
 
     def __repr__(self) -> str:
-        rows = self._store.n_rows(self.info.site.space)
-        return f"<{self.info.site}: {rows:,} rows x {self.info.width:,} neurons, {self.info.dtype}>"
+        rows = f"{self._store.n_rows(self.info.site.space):,} rows"
+        if self.info.keep != ALL:
+            rows = f"{keep_text(self.info.keep)} of {rows}"
+        return f"<{self.info.site}: {rows} x {self.info.width:,} neurons, {self.info.dtype}>"
 
     def row_ids(self, span: slice | None = None) -> Ids:
-        """Return the ids of the committed rows, or of those in a slice of row ids."""
+        """Return the ids of the stored rows, or of those in a slice of row ids."""
         span = span or slice(None)
         if span.step not in (None, 1):
             raise RowNotFound(
@@ -171,12 +176,19 @@ class SiteRows:
         for segment, rows in self._store.committed_rows(self.info.site.space).items():
             first = segment * size
             start, stop = max(low, first), min(high, first + rows)
-            if start < stop:
+            if start >= stop:
+                continue
+            if self.info.keep == ALL:
                 pieces.append(np.arange(start, stop, dtype=np.int64))
+            else:
+                ids = first + self._store.stored_offsets(self.info, segment)
+                pieces.append(ids[(ids >= start) & (ids < stop)])
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Ids) -> npt.NDArray[Any]:
         if isinstance(rows, slice):
+            if self.info.keep == NONE:
+                raise self._store.not_stored(self.info)
             return self._gather(self.row_ids(rows))
         found: npt.NDArray[Any] = self._gather(as_row_ids(rows))
         return found[0] if np.ndim(rows) == 0 else found
@@ -190,22 +202,26 @@ class SiteRows:
                 f"{free / 1e9:.1f} GB of memory are free. Read fewer rows at a time, or use "
                 f"store.dask({str(self.info.site)!r})."
             )
-        size = self._store.meta.segment_rows
         out = np.empty((len(ids), self.info.width), dtype=DTYPES[self.info.dtype])
-        segments = ids // size
-        # Stretches of consecutive ids in one segment are one read each.
-        breaks = np.flatnonzero((np.diff(ids) != 1) | (np.diff(segments) != 0)) + 1
-        for place in np.split(np.arange(len(ids)), breaks):
-            if len(place):
-                first, last = int(ids[place[0]]), int(ids[place[-1]])
-                self._store.check_row(first, self.info.site.space)
-                self._store.check_row(last, self.info.site.space)
-                start = first - int(segments[place[0]]) * size
-                self._store.read(
-                    self.info,
-                    int(segments[place[0]]),
-                    start,
-                    start + len(place),
-                    out=out[place[0] : place[-1] + 1],
-                )
+        segments, offsets = np.divmod(ids, self._store.meta.segment_rows)
+        for a, b in stretches(np.diff(segments) != 0, len(ids)):
+            segment = int(segments[a])
+            # The highest id of a segment is a hole if any of its ids is.
+            self._store.check_row(int(ids[a:b].max()), self.info.site.space)
+            positions = self._store.positions(self.info, segment, offsets[a:b])
+            # Neighbours in the shard are one read.
+            for c, d in stretches(np.diff(positions) != 1, b - a):
+                start = int(positions[c])
+                target = out[a + c : a + d]
+                self._store.read(self.info, segment, start, start + d - c, out=target)
         return out
+
+
+def stretches(breaks: npt.NDArray[np.bool_], n: int) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of the stretches that n items fall into, given where one ends.
+
+    >>> list(stretches(np.array([False, True]), 3))
+    [(0, 2), (2, 3)]
+    """
+    if n:
+        yield from itertools.pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), n])

@@ -6,6 +6,7 @@ crashed attempt left behind are simply written over.  Nothing is visible before 
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,8 @@ from actstore import durable
 from actstore.durable import FileFacts
 from actstore.errors import StoreMismatch
 from actstore.shard import ShardWriter
-from actstore.store.meta import Commit, Segment, SiteCounts, SiteInfo, ranges
+from actstore.store.meta import FIRST, SPECIAL, Commit, Segment, SiteCounts, SiteInfo, ranges
+from actstore.store.stored_rows import is_sample, sample, sample_name
 
 if TYPE_CHECKING:
     from actstore.store.core import CoreStore
@@ -41,6 +43,8 @@ class SegmentWriter:
         self.segment = segment
         self._files: dict[str, FileFacts] = {}
         self._shards: dict[str, tuple[Path, Any, ShardWriter]] = {}
+        self._streams = durable.Streams()
+        self._samples: dict[str, npt.NDArray[np.int64]] = {}
         self._lock_file = store.path / "work" / f"segment-{segment.segment:08d}.lock"
         self._lock = durable.lock(self._lock_file, f"segment {segment.segment} of {store.path}")
 
@@ -70,13 +74,28 @@ class SegmentWriter:
     def _commit_name(self) -> str:
         return f"commits/{self.segment.segment:08d}.json"
 
+    def sample(self, info: SiteInfo) -> npt.NDArray[np.int64]:
+        """Return the offsets, ascending, whose rows a site stores that keeps 2^-j of them."""
+        space, number = info.site.space, self.segment.segment
+        name = sample_name(space, info.keep, number)
+        if name not in self._samples:
+            meta = self._store.meta
+            flags = self._store.tokens(number, space).column("flags").to_numpy()
+            content = np.flatnonzero((flags & (SPECIAL | FIRST)) == 0)
+            first = number * meta.segment_rows
+            self._samples[name] = sample(content, first, info.keep, meta.sample_seed)
+        return self._samples[name]
+
     def write_band(self, info: SiteInfo, band: npt.NDArray[Any]) -> None:
-        """Append a band, ``(column chunks, chunk rows, chunk columns)``, to the site's shard."""
+        """Append a band, ``(column chunks, chunk rows, chunk columns)``, to the site's shard.
+
+        Where a site keeps a sample its bands hold the rows of `sample`, one after the other.
+        """
         name = f"{info.path}/c/{self.segment.segment}/0"
         if name not in self._shards:
             path = self._store.path / name
             durable.make_folder(path.parent)
-            file = durable.partial_of(path).open("wb", buffering=0)
+            file = self._streams.open(durable.partial_of(path))
             self._shards[name] = (path, file, ShardWriter(file, self._store.layout(info)))
         self._shards[name][2].write_band(band)
 
@@ -88,7 +107,7 @@ class SegmentWriter:
         self._files[name] = durable.write_arrays(path, arrays)
 
     def commit(self, counts: Mapping[str, SiteCounts], relied_on: Iterable[int]) -> Commit:
-        """Make all files durable, then publish the commit.
+        """Make all files durable, those that name the stored rows too, then publish the commit.
 
         Raises
         ------
@@ -100,6 +119,15 @@ class SegmentWriter:
             file.close()
             durable.publish(durable.partial_of(path), path)
             self._files[name] = FileFacts(facts.n_bytes, facts.crc32c, facts.checksums_crc32c)
+        for info in self._store.meta.sites:
+            name = sample_name(info.site.space, info.keep, self.segment.segment)
+            if is_sample(info.keep) and name not in self._files:
+                path = self._store.path / name
+                buffer = io.BytesIO()
+                np.save(buffer, self.sample(info).astype(np.uint32))
+                durable.make_folder(path.parent)
+                durable.replace(path, buffer.getvalue())
+                self._files[name] = FileFacts.of(path)
         commit = Commit(
             self.segment.segment,
             self.segment.rows,

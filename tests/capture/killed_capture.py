@@ -3,6 +3,7 @@
 Reads requests from standard input, one JSON object a line, and answers each with how its process
 ended.  ``kill`` is the number of the durable step (a call of sync_file, publish, create or replace)
 at which SIGKILL comes, ``when`` says before or after it; ``seconds`` kills from outside instead.
+``documents`` and ``options`` are those of the capture.
 The server loads and compiles everything once; nothing of that starts threads a fork would lose.
 """
 
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def main() -> None:
     """Answer requests until standard input ends."""
     torch.set_num_threads(1)
     plan.PART_ROWS = 150
-    run._COMPACT_EVERY = 3
+    run.COMPACT_EVERY = 3
     model = load(*toy_model("bert", n_layers=1, hidden=16, ffn=16))
     with tempfile.TemporaryDirectory() as folder:
         _capture(model, f"{folder}/warm")
@@ -64,16 +66,20 @@ def _capture(
     kill: int | None = None,
     when: str = "after",
     log: str | None = None,
+    documents: list[str] = DOCUMENTS,
+    options: dict[str, Any] | None = None,
     **_: Any,
 ) -> None:
     steps: list[str] = []
+    counting = threading.Lock()  # the plan is made in a thread of its own
 
     def watch(name: str) -> None:
         step = getattr(durable, name)
 
         def watched(*args: Any) -> None:
-            number = len(steps)
-            steps.append(f"{name} {Path(args[-1] if name == 'publish' else args[0]).name}")
+            with counting:
+                number = len(steps)
+                steps.append(f"{name} {Path(args[-1] if name == 'publish' else args[0]).name}")
             if number == kill and when == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             step(*args)
@@ -85,7 +91,7 @@ def _capture(
     if kill is not None or log:
         for name in STEPS:
             watch(name)
-    capture(model, DOCUMENTS, Path(path), context=24)
+    capture(model, documents, Path(path), context=24, **options or {})
     if log:
         Path(log).write_text("\n".join(steps))
 

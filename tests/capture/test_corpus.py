@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "b.jsonl").write_text('{"text": "three", "year": 1946}\n\n{"text": ""}\n')
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write(json.dumps({"text": "vier – 四", "source": "here"}))
+    with pa.output_stream(tmp_path / "d.jsonl.zst", compression="zstd") as file:
+        file.write(b'{"text": "four and a half"}\n')
     table = pa.table({"text": ["five", "six"], "label": [1, 2]})
     pq.write_table(table, tmp_path / "deep/d.parquet")
     (tmp_path / "e.md").write_text("not this")
@@ -46,6 +49,7 @@ def test_every_kind_of_file_gives_its_documents(folder: Path) -> None:
         Document("b.jsonl:1", "three", {"year": 1946}),
         Document("b.jsonl:3", ""),
         Document("here", "vier – 四"),
+        Document("d.jsonl.zst:1", "four and a half"),
         Document("deep/d.parquet:0", "five", {"label": 1}),
         Document("deep/d.parquet:1", "six", {"label": 2}),
     ]
@@ -54,7 +58,7 @@ def test_every_kind_of_file_gives_its_documents(folder: Path) -> None:
 def test_paths_and_globs_choose_files(folder: Path) -> None:
     """A file, a glob, a recursive glob, a list of paths in its own order."""
     assert texts(open_corpus(folder / "a.txt")) == ["one\r\ntwo\n"]
-    assert texts(open_corpus(f"{folder}/*.jsonl*")) == ["three", "", "vier – 四"]
+    assert texts(open_corpus(f"{folder}/*.jsonl*")) == ["three", "", "vier – 四", "four and a half"]
     assert texts(open_corpus(f"{folder}/**/*.parquet")) == ["five", "six"]
     both = [folder / "deep/d.parquet", folder / "a.txt"]
     assert texts(open_corpus(both)) == ["five", "six", "one\r\ntwo\n"]
@@ -62,8 +66,38 @@ def test_paths_and_globs_choose_files(folder: Path) -> None:
     assert texts(open_corpus(["one", "x" * 5000])) == ["one", "x" * 5000]
 
 
+def zstd(data: bytes) -> bytes:
+    """Return data as a frame of Zstandard."""
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(("name", "compress"), [("gz", gzip.compress), ("zst", zstd)])
+def test_compressed_files_may_be_joined(
+    name: str, compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    """What several writers appended to one file is read to its end."""
+    path = tmp_path / f"a.jsonl.{name}"
+    path.write_bytes(b"".join(compress(b'{"text": "%d"}\n' % i) for i in range(3)))
+    assert texts(open_corpus(path)) == ["0", "1", "2"]
+
+
+def test_a_parquet_file_is_not_held_in_memory(tmp_path: Path) -> None:
+    """While its documents are read, Arrow holds a row group, not the file."""
+    table = pa.table({"text": [random.Random(i).randbytes(50_000).hex() for i in range(200)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10, use_dictionary=False)
+    assert table.nbytes > 20 * 10**6
+    del table
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in open_corpus(tmp_path / "a.parquet")]
+    assert len(held) == 200
+    assert max(held) < 8 * 10**6
+
+
 class Dataset:
-    """What a Hugging Face dataset looks like from here."""
+    """What a Hugging Face dataset looks like from here: a streaming one has no length."""
 
     _fingerprint = "f00"
 
@@ -108,6 +142,8 @@ def test_what_is_no_corpus_is_refused(corpus: Any, message: str) -> None:
         ("a.jsonl", b'{"text": "a"}\n["b"]', r"document 1 of a.jsonl:2 is list without a string"),
         ("a.jsonl.gz", b"not gzip", r"a.jsonl.gz cannot be read: .*leave it out of the corpus"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "a.jsonl.gz cannot be read"),
+        ("a.jsonl.zst", b"not zstd", r"a.jsonl.zst cannot be read: .*leave it out of the corpus"),
+        ("a.jsonl.zst", zstd(b'{"text": "a"}\n' * 99)[:-9], "a.jsonl.zst cannot be read"),
         ("a.parquet", b"PAR1 not parquet", r"a.parquet cannot be read: .*Expected a whole .parq"),
         ("a.md", b"text", r"a.md is of no known kind; expected .txt, .jsonl, .jsonl.gz"),
     ],
@@ -170,6 +206,8 @@ def test_files_are_recognised_by_what_they_hold(
     after = open_corpus(moved).describe()
     assert [name for name in before if before[name] != after[name]] == [key]
     assert open_corpus(moved, encoding="latin-1").describe()["encoding"] == "latin-1"
+    # What to do with bad bytes may change: what was read before them does not.
+    assert open_corpus(moved, errors="replace").describe() == after
 
 
 def test_texts_are_recognised_by_their_checksum() -> None:

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actstore.capturing import Limits, Settings, plan
+import actstore
+from actstore.capturing import Limits, Settings, plan, run_capture
 from actstore.capturing.corpus import Corpus, Texts, open_corpus
 from actstore.capturing.run import new_meta
 from actstore.errors import CorpusError, StoreMismatch
 from actstore.models import LanguageModel
 from actstore.store import FIRST, SPECIAL, CoreStore
-from tests.captured import Captured, all_tokens
+from tests.captured import DOCUMENTS, Captured, all_tokens
 from tests.toys import TEXT, toy_model
 
 WORDS = TEXT.split()
@@ -145,10 +146,11 @@ def test_every_token_is_planned_once(
             if start + body < len(encoded.ids):
                 assert len(own) + back == context
 
-        # Parts: each ends with a document; all but the last reached the size of a part.
+        # Parts: each ends with a document; all but the last have their size in rows or documents.
         assert [p.complete for p in store.parts] == [False] * (len(store.parts) - 1) + [True]
         for part in store.parts[:-1]:
-            assert sum(s.rows[""] for s in part.segments) >= part_rows
+            size = max(sum(s.rows[""] for s in part.segments), part.n_documents)
+            assert size >= part_rows
 
 
 @given(stop=st.integers(0, 6), **CASES)
@@ -275,6 +277,44 @@ def test_metadata_of_documents_is_kept(models: dict[str, LanguageModel], tmp_pat
     assert store.document(0)["source"] == "a"
     assert json.loads(store.document(0)["metadata"]) == {"year": 1947}
     assert (store.document(1)["source"], store.document(1)["metadata"]) == ("document 1", "{}")
+
+
+def test_metadata_of_documents_can_be_asked_for(
+    toy_capture: Callable[..., Captured],
+) -> None:
+    """In SQL, as JSON: of every kind, and NULL where a document has none."""
+    documents = [
+        {"text": "the war", "year": 1947, "by": {"name": "Truman"}, "tags": ["a", "b"]},
+        {"text": "the people", "year": 1801, "by": {"name": "Jefferson"}},
+        "the union",
+    ]
+    store = actstore.open(toy_capture(documents).store.path)
+    query = (
+        "SELECT document, CAST(json_extract(metadata, '$.year') AS INT) AS year, "
+        "json_extract_string(metadata, '$.by.name') AS name, "
+        "json_array_length(metadata, '$.tags') AS n FROM documents ORDER BY document"
+    )
+    assert [tuple(row.values()) for row in store.sql(query)] == [
+        (0, 1947, "Truman", 2),
+        (1, 1801, "Jefferson", None),
+        (2, None, None, None),
+    ]
+
+
+def test_the_share_of_padding_is_that_of_the_batches(
+    toy_bert: LanguageModel, tmp_path: Path
+) -> None:
+    """Windows stand by length, so that neighbours need little padding; how much is counted."""
+    settings = Settings(context=24, batch_tokens=96)
+    store, timing = run_capture(toy_bert, DOCUMENTS, tmp_path / "store", settings=settings)
+    lengths = [w["context_tokens"] + w["rows"] for w in store.windows(0).to_pylist()]
+    fed = 0
+    left = lengths
+    while left:
+        batch, left = left[: 96 // left[0]], left[96 // left[0] :]
+        fed += batch[0] * len(batch)
+    assert sum(lengths) < fed
+    assert timing.padding == pytest.approx(1 - sum(lengths) / fed)
 
 
 def test_another_corpus_is_refused_with_the_difference(

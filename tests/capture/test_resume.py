@@ -338,3 +338,20 @@ def test_two_captures_at_once_share_the_work(
         assert store.committed == whole.store.committed
     assert stored_bytes(CoreStore(planned)) == stored_bytes(whole.store)
     assert_index_is_exact(CoreStore(planned))
+
+
+def test_a_sample_is_the_same_after_a_kill(run: Run, tmp_path: Path) -> None:
+    """Killed around shards, the files of stored rows, partials and commits: the same bytes."""
+    options = {"keep": {"mlp_post": "1/4", "resid_post": "none"}}
+    assert run(tmp_path / "whole", options=options, log=str(tmp_path / "log")) == 0
+    whole = CoreStore(tmp_path / "whole")
+    steps = (tmp_path / "log").read_text().splitlines()
+    last = f"{max(whole.committed) - 1:08d}"
+    chosen = [i for i, step in enumerate(steps) if last in step or step == "publish 0"]
+    assert any("npy" in steps[i] for i in chosen)
+    assert any("json" in steps[i] for i in chosen)
+    for number in chosen[:: max(1, len(chosen) // 8)]:
+        path = tmp_path / str(number)
+        assert run(path, kill=number, options=options) == "killed", steps[number]
+        assert run(path, options=options) == 0
+        assert stored_bytes(CoreStore(path)) == stored_bytes(whole)

@@ -236,8 +236,8 @@ def test_no_rows_are_refused(store):
 def test_an_unknown_rule_is_refused(store):
     """A rule is one of two words, or a set of rows."""
     with pytest.raises(ArgumentError, match=r"rows = 'contents' is no rule; expected 'content'"):
-        chosen_rows(store, "contents", "")
-    assert chosen_rows(store, store.rows("all"), "").n_rows == 5003
+        chosen_rows(store, "contents", store.select(None))
+    assert chosen_rows(store, store.rows("all"), store.select(None)).n_rows == 5003
 
 
 def test_a_segment_not_committed_is_not_served(tmp_path):
@@ -247,3 +247,63 @@ def test_a_segment_not_committed_is_not_served(tmp_path):
     _, row_ids = gathered(make_scan(store).ordered())
 
     assert set(row_ids // 1024) == {0, 2}
+
+
+KEEPS = {"mlp_post.0": 1 / 4, "mlp_post.1": 1 / 2, "resid_post.1": 1.0}
+
+
+@pytest.fixture(scope="module")
+def sampled(values, tmp_path_factory):
+    """The same activations, of which each site stores another part."""
+    dtypes = {"mlp_post.0": "float16", "mlp_post.1": "bfloat16", "resid_post.1": "float32"}
+    path = tmp_path_factory.mktemp("sampled") / "store"
+    return synthetic_store(path, values, dtype=dtypes, documents=[101] * 49 + [54], keep=KEEPS)
+
+
+@pytest.mark.parametrize("sites", [None, "mlp_post", "mlp_post.1, resid_post.1", "mlp_post.1"])
+@pytest.mark.parametrize("order", ["ordered", "mixed", "single", "sample"])
+def test_rows_are_those_stored_at_all_sites(store, sampled, sites, order):
+    """Values are those of a whole store at the rows of the smallest sample, each once."""
+    infos = sampled.select(sites)
+    scan = make_scan(sampled, sites=sites)
+    blocks = {
+        "ordered": lambda: scan.ordered(300),
+        "mixed": lambda: scan.mixed(300),
+        "single": lambda: scan.mixed(64, run_rows=1),
+        "sample": lambda: scan.sample(10**6, 300),
+    }
+    served, row_ids = gathered(blocks[order]())
+
+    least = min(infos, key=lambda info: info.keep)
+    assert np.sort(row_ids).tolist() == sampled[least.site].row_ids().tolist()
+    whole = [store[info.site][row_ids].astype(np.float32) for info in infos]
+    assert np.array_equal(served, np.hstack(whole))
+
+
+def test_stored_rows_are_named_by_their_rule(sampled):
+    """A set says what part was stored, once; what is stored anyway keeps its name."""
+    some = sampled.select("mlp_post")
+    rows = chosen_rows(sampled, "content", some)
+    assert rows.rule == "content, 1/4 of the content rows stored"
+    assert chosen_rows(sampled, rows, some) is rows
+    assert make_scan(sampled, rows).n_rows == rows.n_rows
+    assert chosen_rows(sampled, "all", some).row_ids().tolist() == rows.row_ids().tolist()
+    mine = Rows.from_row_ids("mine", 1024, rows.row_ids()[::7])
+    assert chosen_rows(sampled, mine, some) is mine
+    assert chosen_rows(sampled, "all", sampled.select("resid_post.1")).n_rows == 5003
+
+
+def test_sites_without_rows_are_refused(values, sampled, tmp_path):
+    """The message names the sites that store nothing, and those that do."""
+    keep = {**KEEPS, "mlp_post.1": 0.0}
+    store = synthetic_store(tmp_path / "store", values, keep=keep)
+    with pytest.raises(
+        ArgumentError,
+        match=r"sites = mlp_post\.1: no rows of them are stored .*which are: mlp_post\.0, resid",
+    ):
+        chosen_rows(store, "content", store.select("mlp_post"))
+    with pytest.raises(ArgumentError, match=r"\(--keep 1/64\)"):
+        make_scan(store)
+    unkept = np.setdiff1d(sampled.rows().row_ids(), sampled["mlp_post.0"].row_ids())
+    with pytest.raises(ArgumentError, match=r"1/4 of the content rows stored' chooses none of the"):
+        make_scan(sampled, Rows.from_row_ids("mine", 1024, unkept))

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actstore.folds import FOLDS, Fold, Moments, TopK
+from actstore.folds import FOLDS, Fold, Moments, Sample, TopK, WindowTop, Zones
 
-ALL = [*FOLDS.values(), TopK(k=3)]
+# With rows as windows of their own, which any split leaves whole.
+ALL = [*FOLDS.values(), TopK(k=3), WindowTop(k=3), Zones(chunk_rows=16), Sample(n_rows=3)]
 
 
 def blocks(draw: Any, dtype: Any = np.float16) -> tuple[np.ndarray, np.ndarray]:
@@ -102,15 +103,20 @@ def test_every_stored_dtype_is_read(fold: Fold[Any], dtype: Any) -> None:
     """The same exactly representable values give the same state in every stored dtype."""
     values = np.array([[1.5, -2.0], [0.25, 7.0], [-0.0, 3.0]])
     state = fold.update(fold.start(2), values.astype(dtype), np.arange(3))
-    wide = fold.update(fold.start(2), values, np.arange(3))
-    assert_same(fold.to_arrays(state), fold.to_arrays(wide), 0.0)
+    wide = fold.update(fold.start(2), values.astype(np.float32), np.arange(3))
+    if isinstance(fold, Sample):  # the one that holds values as they are stored
+        np.testing.assert_array_equal(state.values, values.astype(dtype))
+        assert state.values.dtype == dtype
+    else:
+        assert_same(fold.to_arrays(state), fold.to_arrays(wide), 0.0)
 
 
 def test_the_table_names_its_folds() -> None:
     """Each fold stands in the table under its own name."""
-    assert {name: fold.name for name, fold in FOLDS.items()} == {
-        "moments": "moments",
-        "topk": "topk",
-    }
+    assert all(fold.name == name for name, fold in FOLDS.items())
+    names = "moments topk window_top histogram zones sample gram"
+    assert list(FOLDS) == names.split()
     assert FOLDS["topk"] == TopK(k=100)
+    assert FOLDS["window_top"] == WindowTop(k=100)
     assert FOLDS["moments"] == Moments()
+    assert FOLDS["sample"] == Sample(n_rows=512)

@@ -165,3 +165,70 @@ def test_a_damaged_list_raises(shared: CoreStore, tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(DamagedFile, match=r"exemplars\.parquet in .* has changed"):
         top(CoreStore(root), "mlp_post.0", 0)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> CoreStore:
+    """Return the store of these tests with an eighth of its rows, and the index of all of them."""
+    path = tmp_path_factory.mktemp("sampled")
+    whole = make_store(path / "whole")
+    write_index(whole, whole.committed)
+    keep = {"mlp_post.0": 1 / 8, "mlp_post.10": 0.0, "resid_post.2": 1.0}
+    store = make_store(path / "s", keep=keep)
+    shutil.copytree(whole.path / "index", store.path / "index")
+    return store
+
+
+@pytest.mark.parametrize("site", ["mlp_post.0", "mlp_post.10"])
+@pytest.mark.parametrize("largest", [True, False])
+def test_the_index_answers_for_rows_that_are_not_stored(
+    sampled: CoreStore, shared: CoreStore, site: str, largest: bool
+) -> None:
+    """The strongest rows are those of all rows, their text with them."""
+    for k in (1, 20):
+        answer = top(sampled, site, 2, k, largest=largest)
+        assert pairs(answer) == ranked_once(shared, site, 2, largest)[:k]
+        assert answer.reached == "index"
+    ids = answer.to_arrow()["row_id"].to_pylist()
+    assert not set(ids) <= set(sampled[site].row_ids())
+
+
+def test_what_the_index_cannot_answer_is_refused_where_rows_are_missing(
+    sampled: CoreStore, shared: CoreStore, tmp_path: Path
+) -> None:
+    """A scan of a sample would be wrong: the message says why, and what can be asked."""
+    why = r"not every row of mlp_post\.0 is stored in .* \(keep = '1/8'\)"
+    with pytest.raises(ArgumentError, match=rf"k = 21 is more than .*{why}\. Ask for k <= 20, or"):
+        top(sampled, "mlp_post.0", 2, 21)
+    with pytest.raises(ArgumentError, match=r"\(keep = 'none'\)\. Ask for k <= 20"):
+        top(sampled, "mlp_post.10", 2, 5000)
+    whole = top(sampled, "resid_post.2", 2, 61)
+    assert pairs(whole) == ranked_once(shared, "resid_post.2", 2, True)[:61]
+    root = tmp_path / "copy"
+    shutil.copytree(sampled.path, root)
+    shutil.rmtree(root / "index")
+    with pytest.raises(ArgumentError, match=r"does not cover 4 segments yet.*Run `actstore finish"):
+        top(CoreStore(root), "mlp_post.0", 2)
+    write_index_of(root, covers=[0, 1])
+    with pytest.raises(ArgumentError, match=rf"cover 2 segments yet, .* scanned: {why}"):
+        top(CoreStore(root), "mlp_post.0", 2, 5)
+
+
+def write_index_of(root: Path, covers: list[int]) -> None:
+    """Give a sampled store the index that a whole one has over some segments."""
+    whole = make_store(root.with_name("whole"))
+    write_index(whole, covers)
+    shutil.copytree(whole.path / "index", root / "index")
+
+
+def test_a_list_that_is_all_there_is_answers_any_k(tmp_path: Path) -> None:
+    """Where a neuron has fewer values than the index keeps, no k is too large."""
+    values = {"mlp_post.0": np.random.default_rng(5).normal(size=(13, 3))}
+    options = {"segment_rows": 256, "chunk_rows": 64, "special": False}
+    whole = synthetic_store(tmp_path / "whole", values, **options)
+    write_index(whole, whole.committed)
+    store = synthetic_store(tmp_path / "s", values, keep=0.5, **options)
+    shutil.copytree(whole.path / "index", store.path / "index")
+    answer = top(store, "mlp_post.0", 1, 1000)
+    assert pairs(answer) == ranked(whole, "mlp_post.0", 1, True)
+    assert answer.reached == "index; k = 1,000, and there are 12 content rows with a value"
