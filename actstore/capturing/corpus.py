@@ -80,8 +80,11 @@ class Corpus(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what identifies the corpus, as JSON."""
 
-    def text_bytes(self) -> int | None:
-        """Return the bytes of all texts, or more, if that is known without reading them."""
+    def text_bytes(self, most: int | None = None) -> int | None:
+        """Return the bytes of all texts, or more, if that is known without reading them.
+
+        With `most`, of no document more than that, as far as its own size is known.
+        """
 
     def __iter__(self) -> Iterator[Document]: ...
 
@@ -209,9 +212,10 @@ class Texts:
             "crc32c": int.from_bytes(checksum.digest(), "big"),
         }
 
-    def text_bytes(self) -> int:
-        """Return the bytes of the texts."""
-        return sum(len(d.text.encode("utf-8", "surrogatepass")) for d in self.documents)
+    def text_bytes(self, most: int | None = None) -> int:
+        """Return the bytes of the texts, of each no more than `most`."""
+        sizes = (len(d.text.encode("utf-8", "surrogatepass")) for d in self.documents)
+        return sum(size if most is None else min(size, most) for size in sizes)
 
     def __iter__(self) -> Iterator[Document]:
         return iter(self.documents)
@@ -236,7 +240,7 @@ class Records:
             "first": next((Texts([d]).describe()["crc32c"] for d in self if d.text.strip()), None),
         }
 
-    def text_bytes(self) -> None:
+    def text_bytes(self, most: int | None = None) -> None:
         """Return None: nobody knows before the end."""
 
     def __iter__(self) -> Iterator[Document]:
@@ -273,11 +277,15 @@ class Files:
             "files": [_describe_file(path) for path in self.paths],
         }
 
-    def text_bytes(self) -> int | None:
-        """Return the size of the files, or None if any is compressed."""
-        if any(not path.name.lower().endswith((".txt", ".jsonl")) for path in self.paths):
-            return None
-        return sum(path.stat().st_size for path in self.paths)
+    def text_bytes(self, most: int | None = None) -> int | None:
+        """Return the size of the files, of texts no more than `most`; None if any is compressed."""
+        total = 0
+        for path in self.paths:
+            name, size = path.name.lower(), path.stat().st_size
+            if not name.endswith((".txt", ".jsonl")):
+                return None
+            total += size if most is None or name.endswith(".jsonl") else min(size, most)
+        return total
 
     def __iter__(self) -> Iterator[Document]:
         for path in self.paths:

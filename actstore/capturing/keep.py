@@ -19,7 +19,7 @@ DEFAULT_BYTES = 10 * 10**9
 DEFAULT_SAMPLE = 2.0**-8
 """The part of the rows that is then kept."""
 
-_TOKEN_BYTES = 4
+_TOKEN_BYTES = 4  # of text, on average
 
 
 def named_keeps(keep: Any, sites: Sequence[Site], where: str) -> dict[Site, float]:
@@ -105,12 +105,10 @@ def choose_keeps(
 
 def projected_rows(corpus: Corpus, limits: Limits) -> int | None:
     """Return about how many rows a corpus will have at most; None if nobody knows."""
-    n_bytes = corpus.text_bytes()
-    known = [
-        n
-        for n in (n_bytes if n_bytes is None else n_bytes // _TOKEN_BYTES, limits.max_tokens)
-        if n is not None
-    ]
+    most = limits.max_document_tokens
+    n_bytes = corpus.text_bytes(None if most is None else most * _TOKEN_BYTES)
+    known = [] if n_bytes is None else [n_bytes // _TOKEN_BYTES]
+    known += [] if limits.max_tokens is None else [limits.max_tokens]
     return min(known, default=None)
 
 

@@ -79,9 +79,9 @@ class Shuffled:
         """Return what identifies the corpus, and its order."""
         return {**self.corpus.describe(), "order": "shuffled", "seed": SEED}
 
-    def text_bytes(self) -> int | None:
+    def text_bytes(self, most: int | None = None) -> int | None:
         """Return the bytes of all texts, or more, if that is known without reading them."""
-        return self.corpus.text_bytes()
+        return self.corpus.text_bytes(most)
 
     def __iter__(self) -> Iterator[Document]:
         for row in self._in_order(self.folder, self._files(), _KEY_BITS):

@@ -307,12 +307,18 @@ def test_fractions_are_named_by_site(toy_bert: LanguageModel) -> None:
         named_keeps("mlp_post=half", sites, "it")
 
 
-def test_what_a_corpus_would_take_is_projected_as_far_as_it_is_known() -> None:
+def test_what_a_corpus_would_take_is_projected_as_far_as_it_is_known(tmp_path: Path) -> None:
     """Bytes of text make tokens; a limit caps them; of a stream nothing is known but its limit."""
     texts, stream = open_corpus(["12345678" * 100]), open_corpus(iter(["a"]))
     assert projected_rows(texts, Limits()) == 200
     assert projected_rows(texts, Limits(max_tokens=77)) == 77
     assert projected_rows(texts, Limits(max_tokens=7777)) == 200
+    assert projected_rows(texts, Limits(max_document_tokens=50)) == 50
+    (tmp_path / "long.txt").write_text("x" * 400)
+    (tmp_path / "short.txt").write_text("x" * 40)
+    files = open_corpus(tmp_path)
+    assert projected_rows(files, Limits()) == 110
+    assert projected_rows(files, Limits(max_document_tokens=50)) == 60
     assert projected_rows(stream, Limits()) is None
     assert projected_rows(stream, Limits(max_tokens=77)) == 77
 
