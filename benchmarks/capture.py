@@ -89,7 +89,7 @@ def _on_cpu(folder: Path, options: argparse.Namespace) -> None:
     settings = Settings(
         context=min(512, model.context_limit),
         keep=options.keep,
-        limits=Limits(options.tokens or _DEFAULT_TOKENS[options.model], 512),
+        limits=Limits(options.tokens or _DEFAULT_TOKENS[options.model]),
         batch_tokens=options.batch_tokens,
     )
     rounds = measure(
