@@ -119,10 +119,10 @@ def publish(partial: Path, final: Path) -> None:
 class Streams:
     """Files written from their start, past the operating system's cache where that is possible.
 
-    What goes through the cache is copied into pages that first have to be found: 46 us of processor
-    for a token of MiniLM, whose forward pass takes 340, and 10 when the disk takes the bytes
-    directly.  It wants whole blocks at aligned addresses, so bytes are gathered in one buffer that
-    all files share; a file that is not at its turn keeps less than a block of its own.
+    What goes through the cache is copied into pages that first have to be found, which takes the
+    processor several times as long as to hand the bytes to the disk.  That wants whole blocks at
+    aligned addresses, so bytes are gathered in one buffer that all files share; a file that is not
+    at its turn keeps less than a block of its own.
 
     For one thread.
     """
@@ -144,13 +144,10 @@ class StreamFile:
         self._streams = streams
         self._begun = b""  # of a block, while other files are at their turn
         self._held = 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        try:
-            self._fd = os.open(path, flags | _DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._fd = os.open(path, flags, 0o666)  # a file system without direct writing
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        # Asked for once it is open: where a file system has no direct writing, it just says no.
+        with suppress(OSError):
+            self._set_direct(True)
 
     def write(self, data: bytes | memoryview) -> int:
         """Take all of `data`; return its bytes."""
@@ -166,19 +163,19 @@ class StreamFile:
                 self._flush(self._held)
         return done
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Write what is held, and close the file; it is not synced."""
-        if self._fd < 0:
-            return
-        try:
-            self._take_turn()
-            self._flush(self._held - self._held % _BLOCK_BYTES)
-            if self._held and _DIRECT:
-                usual = fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~_DIRECT
-                fcntl.fcntl(self._fd, fcntl.F_SETFL, usual)
-            self._flush(self._held)
-        finally:
-            self._streams.turn = None
+        self._take_turn()
+        self._flush(self._held - self._held % _BLOCK_BYTES)
+        self._set_direct(False)
+        self._flush(self._held)
+        self.close()
+
+    def close(self) -> None:
+        """Close the file as it is; what was not written is lost, unless it was finished."""
+        if self._fd >= 0:
+            if self._streams.turn is self:
+                self._streams.turn = None
             os.close(self._fd)
             self._fd = -1
 
@@ -196,11 +193,25 @@ class StreamFile:
         self._flush(self._held - self._held % _BLOCK_BYTES)
         self._begun = self._streams.buffer[: self._held].tobytes()
 
+    @property
+    def _is_direct(self) -> bool:
+        return bool(fcntl.fcntl(self._fd, fcntl.F_GETFL) & _DIRECT)
+
+    def _set_direct(self, direct: bool) -> None:
+        usual = fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~_DIRECT
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, usual | _DIRECT if direct else usual)
+
     def _flush(self, n_bytes: int) -> None:
         """Write the first bytes of the buffer; what is behind them moves to its start."""
         rest = self._streams.buffer[:n_bytes].data
         while rest:
-            rest = rest[os.write(self._fd, rest) :]
+            try:
+                rest = rest[os.write(self._fd, rest) :]
+            except OSError as error:
+                # A file system may take the flag and not the write, or wants larger blocks.
+                if error.errno != errno.EINVAL or not self._is_direct:
+                    raise
+                self._set_direct(False)
         self._held -= n_bytes
         self._streams.buffer[: self._held] = self._streams.buffer[n_bytes : n_bytes + self._held]
 
@@ -338,6 +349,16 @@ def write_table(path: Path, table: pa.Table, row_group_rows: int = ROW_GROUP_ROW
     writer = TableWriter(path, table.schema, row_group_rows)
     writer.write(table)
     return writer.finish()
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> FileFacts:
+    """Write one array durably, so that readers may map it; return bytes and crc32c."""
+    partial = partial_of(path)
+    with partial.open("wb") as file:
+        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+    facts = FileFacts.of(partial)
+    publish(partial, path)
+    return facts
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> FileFacts:

@@ -1,5 +1,6 @@
 """Streams write what they are given, whatever the sizes and turns."""
 
+import errno
 import os
 
 import numpy as np
@@ -23,24 +24,45 @@ def test_files_that_take_turns_hold_their_own_bytes(tmp_path, monkeypatch, direc
         assert files[i].write(memoryview(data)) == size
         expected[i] += data
     for file in files:
-        file.close()
+        file.finish()
         file.close()  # again is nothing
 
     assert [(tmp_path / str(i)).read_bytes() for i in range(3)] == expected
 
 
-def test_a_file_system_without_direct_writing_is_written_the_usual_way(tmp_path, monkeypatch):
-    """Where opening for direct writing is refused, the file is the same."""
-    real = os.open
-
-    def refusing(path, flags, *args):
-        if flags & durable._DIRECT:
-            raise OSError(22, "no direct writing here")
-        return real(path, flags, *args)
-
-    monkeypatch.setattr(os, "open", refusing)
+def test_a_file_system_that_refuses_direct_writes_is_written_the_usual_way(tmp_path, monkeypatch):
+    """Where a direct write fails as one that cannot be, the file is the same."""
     file = durable.Streams().open(tmp_path / "x")
-    file.write(b"a" * 5000)
-    file.close()
+    was_direct, real, refused = file._is_direct, os.write, []
 
-    assert (tmp_path / "x").read_bytes() == b"a" * 5000
+    def write(fd, data):
+        if file._is_direct:
+            refused.append(len(data))
+            raise OSError(errno.EINVAL, "no direct writing here")
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    file.write(b"a" * 3_000_000)
+    file.finish()
+
+    assert (tmp_path / "x").read_bytes() == b"a" * 3_000_000
+    assert len(refused) == was_direct
+
+
+def test_a_file_that_fails_is_closed_without_another_attempt(tmp_path, monkeypatch):
+    """After a full disk, closing writes nothing and raises nothing, and others go on."""
+    streams = durable.Streams()
+    failed, other = streams.open(tmp_path / "failed"), streams.open(tmp_path / "other")
+
+    def full(fd, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            failed.write(bytes(3_000_000))
+        failed.close()
+    other.write(b"whole")
+    other.finish()
+
+    assert (tmp_path / "other").read_bytes() == b"whole"

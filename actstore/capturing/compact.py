@@ -217,13 +217,8 @@ class _GenerationWriter:
         self.files[self._prefix + name] = durable.write_arrays(self._path(name), arrays)
 
     def array(self, name: str, array: npt.NDArray[Any]) -> None:
-        """Write one array, which readers may map into memory."""
-        path = self._path(name)
-        partial = durable.partial_of(path)
-        with partial.open("wb") as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-        self.files[self._prefix + name] = FileFacts.of(partial)
-        durable.publish(partial, path)
+        """Write one array."""
+        self.files[self._prefix + name] = durable.write_array(self._path(name), array)
 
 
 def _histograms(state: HistogramState) -> pa.Table:

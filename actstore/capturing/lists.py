@@ -1,7 +1,7 @@
 """The folds' states on disk: in partials of segments and in generations of the index.
 
 A partial holds the states of all sites as they are packed here.  A generation holds each once, in
-the form that queries read, from which the state comes back without loss; `read_states` does that.
+the form that queries read, from which `GenerationReader` gets the state back without loss.
 
 `RunningLists` holds the lists and the sampled rows of the committed segments below the one being
 captured; their last places are the thresholds of its pass.  Nothing uncommitted ever enters, so a
@@ -148,9 +148,11 @@ class GenerationReader:
             values = self._array(site_file(site, "samples", "values.npy"))
             return SAMPLE.from_arrays({"row_ids": self.sampled(site.space), "values": values})
         if state == "gram":
-            with np.load(self._path(site_file(site, "grams", "gram.npz"))) as arrays:
+            with np.load(
+                self._path(site_file(site, "grams", "gram.npz")), allow_pickle=False
+            ) as arrays:
                 return FOLDS["gram"].from_arrays(arrays)
-        with np.load(self._path("moments.npz")) as arrays:
+        with np.load(self._path("moments.npz"), allow_pickle=False) as arrays:
             return unpack(arrays, site, state)
 
     def sampled(self, space: str) -> Int64:
@@ -173,12 +175,6 @@ class GenerationReader:
             ranked.counts[:] = np.bincount(neurons[mine], minlength=info.width)
             lists[side] = ranked
         return lists
-
-
-def read_lists(store: CoreStore, generation: Generation, info: SiteInfo) -> TopKState:
-    """Return the top and bottom lists of a site as a generation holds them."""
-    lists = GenerationReader(store, generation).lists(info)
-    return TopKState(lists["top"], lists["bottom"])
 
 
 class SiteLists(NamedTuple):

@@ -531,7 +531,8 @@ def _check_columns(
             mine = table.filter(pc.equal(table.column("side"), side)).to_pylist()
             old = [(place["row_id"], place["value"]) for place in mine]
             n = int(computed.counts[0])
-            new = [*zip(computed.row_ids[0, :n].tolist(), computed.values[0, :n].tolist())]  # noqa: B905
+            row_ids, values = computed.row_ids[0, :n].tolist(), computed.values[0, :n].tolist()
+            new = list(zip(row_ids, values, strict=True))
             for rank, (a, b) in enumerate(itertools.zip_longest(old, new), start=1):
                 if a != b:
                     found.note(f"{side} list, rank {rank}", info.site, None, neuron, a, b)

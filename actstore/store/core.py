@@ -547,12 +547,12 @@ class CoreStore:
 
     def rows(self, rule: str = "content", space: str | None = None) -> Rows:
         """Return the committed rows: ``"content"`` (neither special nor first) or ``"all"``."""
+        if rule not in ("content", "all"):
+            raise ArgumentError(f"rows = {rule!r} is not 'content' or 'all'.")
         space = self.meta.spaces[0] if space is None else space
 
         def masks() -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
             for segment, n_rows in self.committed_rows(space).items():
-                if rule not in ("content", "all"):
-                    raise ArgumentError(f"rows = {rule!r} is not 'content' or 'all'.")
                 if rule == "all":
                     yield segment, np.ones(n_rows, dtype=np.bool_)
                 else:

@@ -6,7 +6,6 @@ crashed attempt left behind are simply written over.  Nothing is visible before 
 
 from __future__ import annotations
 
-import io
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
@@ -116,18 +115,15 @@ class SegmentWriter:
         """
         for name, (path, file, writer) in self._shards.items():
             facts = writer.finish()
-            file.close()
+            file.finish()
             durable.publish(durable.partial_of(path), path)
             self._files[name] = FileFacts(facts.n_bytes, facts.crc32c, facts.checksums_crc32c)
         for info in self._store.meta.sites:
             name = sample_name(info.site.space, info.keep, self.segment.segment)
             if is_sample(info.keep) and name not in self._files:
                 path = self._store.path / name
-                buffer = io.BytesIO()
-                np.save(buffer, self.sample(info).astype(np.uint32))
                 durable.make_folder(path.parent)
-                durable.replace(path, buffer.getvalue())
-                self._files[name] = FileFacts.of(path)
+                self._files[name] = durable.write_array(path, self.sample(info).astype(np.uint32))
         commit = Commit(
             self.segment.segment,
             self.segment.rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import actstore
-from actstore import cli
+from actstore import cli, durable
 from actstore.capturing import Limits, Settings, run_capture
 from actstore.errors import (
     ActstoreError,
@@ -225,6 +226,25 @@ def test_a_disk_that_fills_up_leaves_a_store_that_goes_on(
         toy_capture()
     path = whole.store.path.with_name("store")
     assert CoreStore(path).committed == (0, 1, 2)
+    monkeypatch.undo()
+    assert stored_bytes(toy_capture().store) == stored_bytes(whole.store)
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_shard_leaves_no_lock_behind(
+    toy_capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be written is not tried again on the way out, and the same process goes on."""
+    whole = toy_capture(name="whole")
+    flush, calls = durable.StreamFile._flush, itertools.count()
+
+    def full(file: durable.StreamFile, n_bytes: int) -> None:
+        if next(calls) > 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(file, n_bytes)
+
+    monkeypatch.setattr(durable.StreamFile, "_flush", full)
+    with pytest.raises(NotEnoughDisk, match="run the same capture again"):
+        toy_capture()
     monkeypatch.undo()
     assert stored_bytes(toy_capture().store) == stored_bytes(whole.store)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from actstore.capturing.lists import read_lists
+from actstore.capturing.lists import GenerationReader
 from actstore.errors import ActstoreError
 from actstore.store import CoreStore
 from actstore.store.segment_writer import PartialReader
@@ -187,9 +187,9 @@ def test_lists_read_back_from_the_index_are_those_merged(small: Captured) -> Non
     """What the next compaction goes on from is what the last one wrote."""
     store = small.store
     info = store.site("mlp_post.0")
-    lists = read_lists(store, store.index(), info)
+    top = GenerationReader(store, store.index()).lists(info)["top"]
     values = store["mlp_post.0"][store.rows().row_ids()].astype(np.float32)
     ordered = -np.sort(-values, axis=0)[:100]
     n = len(ordered)
-    assert (lists.top.counts == n).all()
-    assert np.array_equal(lists.top.values[:, :n], ordered.T)
+    assert (top.counts == n).all()
+    assert np.array_equal(top.values[:, :n], ordered.T)
