@@ -2,12 +2,14 @@
 
 Statistics and lists are merged site by site in the order of segments, going on from the newest
 prefix generation, so the index is the same bytes however often the capture was interrupted.  Memory
-is that of one site's lists.
+is that of the lists of the few sites that are merged at the same time.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from actstore.store.segment_writer import PartialReader, drop_partials
 
 _MOMENTS, _HISTOGRAM = Moments(), Histogram()
 _GROUP_ROWS = 20_000
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 def compact(
@@ -72,20 +75,25 @@ def compact(
         folder = store.path / f"index/{number:06d}"
         durable.make_folder(folder)
         writer = _GenerationWriter(store, folder)
+
+        def site(info: SiteInfo) -> tuple[pa.Table, dict[str, npt.NDArray[Any]]]:
+            merged = _merge(store, base, info, new)
+            writer.write_site(info, merged, _exemplars(store, base, info, merged))
+            states = [pack(info.site, state, merged[state]) for state in ("moments", "others")]
+            return _neurons(info, merged), states[0] | states[1]
+
         neurons: list[pa.Table] = []
         states: dict[str, npt.NDArray[Any]] = {}
-        for i, info in enumerate(store.meta.sites):
-            merged = _merge(store, base, info, new)
-            neurons.append(_neurons(info, merged))
-            for state in ("moments", "others"):
-                states |= pack(info.site, state, merged[state])
-            writer.write_site(info, merged, _exemplars(store, base, info, merged))
-            if progress:
-                progress("index", i + 1, len(store.meta.sites))
+        with ThreadPoolExecutor(_THREADS, "actstore-index") as pool:
+            for table, packed in pool.map(site, store.meta.sites):
+                neurons.append(table)
+                states |= packed
+                if progress:
+                    progress("index", len(neurons), len(store.meta.sites))
         writer.table("neurons.parquet", pa.concat_tables(neurons))
         # The moments themselves: the table's columns are made from them and lose bits.
         writer.arrays("moments.npz", states)
-        generation = Generation(number, tuple(covers), writer.files)
+        generation = Generation(number, tuple(covers), dict(sorted(writer.files.items())))
         generations.publish(store.path, generation)
         _tidy(store, generation)
         return generation
@@ -168,7 +176,7 @@ def _neurons(info: SiteInfo, merged: dict[str, Any]) -> pa.Table:
 
 
 class _GenerationWriter:
-    """Writes the files of a generation and remembers their facts."""
+    """Writes the files of a generation, of several sites at once, and remembers their facts."""
 
     def __init__(self, store: CoreStore, folder: Path) -> None:
         self._store = store
@@ -194,8 +202,8 @@ class _GenerationWriter:
         meta = self._store.meta
         segments = zones.first_row_ids // meta.segment_rows
         bands = zones.first_row_ids % meta.segment_rows // meta.chunk_rows
-        bands_name = space_file(site.space, "zones", "bands.npy")
-        if f"{self._prefix}{bands_name}" not in self.files:
+        if info is next(i for i in meta.sites if i.site.space == site.space):
+            bands_name = space_file(site.space, "zones", "bands.npy")
             self.array(bands_name, np.stack([segments, bands], axis=1).astype(np.int32))
             self.array(space_file(site.space, "samples", "row_ids.npy"), sample["row_ids"])
 

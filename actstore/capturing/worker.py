@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actstore.capturing.allocator import freed_memory_kept
 from actstore.capturing.batches import Batch, batches
 from actstore.capturing.compact import compact, needs_compaction
 from actstore.capturing.lists import SAMPLE, TOPK, RunningLists, SiteLists, pack_site
@@ -107,7 +108,10 @@ class _Band:
             layout = store.meta.layout(replace(info, keep=ALL))
             shape = (layout.n_column_chunks, layout.chunk_rows, layout.chunk_columns)
             # NaN marks what no row fills: padded columns, and the hole at a segment's end.
-            self.buffers[info.site] = torch.full(shape, torch.nan, dtype=_TORCH[info.dtype])
+            # NumPy's memory comes in huge pages, where there are any.
+            bits = np.empty(shape, f"i{layout.numpy_dtype.itemsize}")
+            buffer = torch.from_numpy(bits).view(_TORCH[info.dtype])
+            self.buffers[info.site] = buffer.fill_(torch.nan)
 
     def put(self, site: Site, row: int, values: torch.Tensor) -> None:
         """Cast rows ``(n, width)`` into the band from a row on."""
@@ -265,9 +269,10 @@ class Worker:
         writer.start()
         rows = 0
         try:
-            for segment in sorted(segments):
-                self._check_writer()
-                rows += self._capture(segment)
+            with freed_memory_kept():
+                for segment in sorted(segments):
+                    self._check_writer()
+                    rows += self._capture(segment)
         except BaseException:
             # What is whole is still committed; the segment that failed is not.
             for work in self._under_way:

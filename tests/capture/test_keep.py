@@ -365,8 +365,11 @@ def test_the_default_is_told(
     assert "kept       all" in told.stdout
 
 
-def test_segments_are_sized_by_what_is_kept(minilm: LanguageModel) -> None:
+def test_segments_are_sized_by_what_is_kept(
+    minilm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bytes kept of a row decide: where a sample is kept, or nothing, segments are longer."""
+    monkeypatch.setattr("actstore.capturing.run.SEGMENT_BYTES", 2**29)
     corpus = open_corpus(["x" * 10**6])
     sizes = {}
     fractions = {"all": 1.0, "1/4": 2**-2, "1/256": 2**-8, "none": 0.0}
