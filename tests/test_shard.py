@@ -15,6 +15,7 @@ import actstore.bfloat16  # noqa: F401  (zarr-python 3.1 loads no entry points f
 from actstore.errors import ArgumentError, DamagedFile, FormatError, NeuronNotFound
 from actstore.shard import (
     DTYPES,
+    RowStack,
     ShardFacts,
     ShardLayout,
     ShardReader,
@@ -73,6 +74,13 @@ def open_reader():
     yield open_bytes
     for fd in opened:
         os.close(fd)
+
+
+def scatter(reader, rows):
+    """Return some rows of `SMALL`, read into places of their own."""
+    out = np.empty((len(rows), SMALL.width), SMALL.numpy_dtype)
+    reader.scatter(np.array(rows), RowStack([out]), np.arange(len(rows)))
+    return out
 
 
 def shard_bytes(layout, values):
@@ -375,6 +383,120 @@ def test_bands_take_rows_of_any_strides():
     assert np.isnan(band[1, :, 2]).all()
 
 
+# Rows that are scattered -------------------------------------------------------------------------
+
+
+def stack_in(memory, layout, heights, first_column=3):
+    """Return a stack of arrays inside a larger array, and a mask of the places it covers."""
+    arrays, mask, top = [], np.zeros(memory.shape, bool), 1
+    for height in heights:
+        span = slice(top, top + height), slice(first_column, first_column + layout.width)
+        arrays.append(memory[span])
+        mask[span] = True
+        top += height + 1
+    return RowStack(arrays), mask
+
+
+@given(shards(), st.data())
+@settings(deadline=None, max_examples=100)
+def test_scattered_rows_land_in_their_places(shard, data):
+    """Any rows go to any places of several arrays, bit for bit, and nothing beside is touched."""
+    layout, values = shard
+    file, facts = shard_bytes(layout, values)
+    if not facts.n_bands:
+        return
+    whole = np.full((facts.n_bands * layout.chunk_rows, layout.width), np.nan, layout.numpy_dtype)
+    whole[: len(values)] = values
+    rows = np.array(
+        sorted(data.draw(st.sets(st.integers(0, len(whole) - 1), min_size=1))), np.int64
+    )
+    heights = [*data.draw(st.lists(st.integers(0, 5), max_size=4)), len(rows)]
+    places = np.array(data.draw(st.permutations(range(sum(heights)))), np.int64)[: len(rows)]
+    fd = os.memfd_create("shard")
+    try:
+        os.write(fd, file)
+        reader = ShardReader(fd, layout, len(file), "shard", facts.checksums_crc32c)
+        for _ in range(2):  # once checking the chunks
+            shape = sum(heights) + len(heights) + 1, layout.width + 5
+            memory = np.full(shape, 7, layout.numpy_dtype)
+            stack, mask = stack_in(memory, layout, heights)
+            reader.scatter(rows, stack, places)
+            found = memory[mask].reshape(-1, layout.width)
+            assert_same_bits(found[places], whole[rows])
+            found[places] = 7
+            memory[mask] = found.ravel()
+            assert (memory == 7).all()
+    finally:
+        os.close(fd)
+
+
+def test_near_rows_are_read_at_once_and_counted(open_reader):
+    """One read takes rows near each other with what lies between; a first use takes its chunks."""
+    layout = ShardLayout(rows=1024, width=300, dtype="float16", chunk_rows=512, chunk_columns=150)
+    values = values_of(layout, 1024)
+    reader = open_reader(shard_bytes(layout, values)[0], layout)
+    stack = RowStack([np.empty((3, 300), np.float16)])
+    near, far, places = np.array([5, 6, 9]), np.array([5, 100, 520]), np.arange(3)
+
+    assert reader.scatter(near, stack, places) == (2 + 2, 2 * layout.chunk_bytes + 2 * 5 * 300)
+    assert reader.scatter(near, stack, places) == (2, 2 * 5 * 300)
+    assert reader.scatter(far, stack, places) == (2 + 6, 2 * layout.chunk_bytes + 6 * 300)
+    assert reader.scatter(far[:0], stack, places[:0]) == (0, 0)
+
+
+def test_scattered_rows_of_a_large_shard_are_exact(open_reader):
+    """Stretches longer than what is read at once, across chunks, come whole."""
+    layout = ShardLayout(rows=2048, width=514, dtype="float32", chunk_rows=1024, chunk_columns=128)
+    values = values_of(layout, 2048)
+    reader = open_reader(shard_bytes(layout, values)[0], layout)
+    random = np.random.default_rng(5)
+    for rows in (np.arange(2048), np.flatnonzero(random.random(2048) < 0.3)):
+        out = np.empty((len(rows), 514), np.float32)
+        places = random.permutation(len(rows))
+        for _ in range(2):
+            out[:] = np.nan
+            reader.scatter(rows, RowStack([out]), places)
+            assert_same_bits(np.ascontiguousarray(out[places]), values[rows])
+
+
+def test_what_cannot_be_scattered_is_refused(open_reader):
+    """Memory is written by address, so all that does not fit is refused before."""
+    reader = open_reader(shard_bytes(SMALL, values_of(SMALL, 4))[0], SMALL)
+    out = np.zeros((3, 5), np.float16)
+    stack, three = RowStack([out]), np.arange(3)
+    sealed = out.copy()
+    sealed.flags.writeable = False
+    for call, message in (
+        (
+            lambda: reader.scatter(three, stack, three + 1),
+            "places 1 … 3 were given; expected 0 … 2",
+        ),
+        (lambda: reader.scatter(three, stack, three - 1), "places -1 … 1 were given"),
+        (lambda: reader.scatter(three[::-1], stack, three), "the rows of acts/c/5/0 ascending"),
+        (lambda: reader.scatter(three, stack, three[:2]), "rows (3,) and places (2,) do not go"),
+        (lambda: reader.scatter(three - 1, stack, three), "rows -1 … 2 are not in acts/c/5/0"),
+        (lambda: reader.scatter(three + 6, stack, three), "rows 6 … 9 are not in acts/c/5/0"),
+        (
+            lambda: reader.scatter(three, RowStack([np.zeros((3, 4), "f2")]), three),
+            "the stack has 4 columns of float16; expected 5 of float16, as acts/c/5/0 has.",
+        ),
+        (
+            lambda: reader.scatter(three, RowStack([out.astype("f4")]), three),
+            "the stack has 5 columns of float32; expected 5 of float16",
+        ),
+        (lambda: RowStack([out, out[:, :4]]), "expected (n, 5) of float16, writeable"),
+        (lambda: RowStack([out, out.astype("f4")]), "float32 and strides (20, 4) cannot be read"),
+        (lambda: RowStack([np.zeros((5, 3), "f2").T]), "each row in one piece."),
+        (lambda: RowStack([sealed]), "cannot be read into; expected (n, 5) of float16, writeable"),
+    ):
+        with pytest.raises(ArgumentError) as error:
+            call()
+        assert message in str(error.value)
+    with pytest.raises(DamagedFile, match=r"chunk \(2, 0\) is missing from acts/c/5/0"):
+        reader.scatter(three + 2, stack, three)
+    assert not out.any()
+
+
 # Damage ------------------------------------------------------------------------------------------
 
 SMALL = ShardLayout(rows=8, width=5, dtype="float16", chunk_rows=2, chunk_columns=3)
@@ -396,6 +518,8 @@ def test_every_flipped_byte_raises(n_rows, open_reader):
             open_reader(bytes(damaged), SMALL).read_rows(0, n_rows)
         with pytest.raises(DamagedFile, match="acts/c/5/0"):
             read_columns(bytes(damaged))
+        with pytest.raises(DamagedFile, match="acts/c/5/0"):
+            scatter(open_reader(bytes(damaged), SMALL), range(n_rows))
         assert google_crc32c.value(bytes(damaged)) != facts.crc32c
 
 
@@ -409,8 +533,10 @@ def test_damage_names_file_and_chunk_and_spares_the_rest(open_reader):
     reader = open_reader(bytes(file), SMALL)
     assert_same_bits(reader.read_rows(0, 4), values[:4])
     assert_same_bits(reader.read_column(2), np.ascontiguousarray(values[:, 2]))
+    assert_same_bits(scatter(reader, [3, 7]), values[[3, 7]])
     for read in (
         lambda: reader.read_rows(5, 6),
+        lambda: scatter(reader, [0, 5]),
         lambda: reader.read_column(3),
         lambda: reader.read_chunk(2, 1),
         lambda: reader.read_rows(4, 5),
@@ -448,7 +574,7 @@ def test_a_size_that_no_shard_has_raises(open_reader):
 
 
 def test_a_file_cut_after_it_was_opened_raises():
-    """Truncation under an open reader raises for rows and for a column alike."""
+    """Truncation under an open reader raises however it is read."""
     file, _ = shard_bytes(SMALL, values_of(SMALL, 8))
     fd = os.memfd_create("shard")
     os.write(fd, file)
@@ -457,9 +583,13 @@ def test_a_file_cut_after_it_was_opened_raises():
     os.ftruncate(fd, 65)
     with pytest.raises(DamagedFile, match=r"acts/c/5/0 ends at byte 65; expected 260 bytes\. Res"):
         reader.read_rows(0, 8)
+    with pytest.raises(DamagedFile, match=r"acts/c/5/0 ends at byte 65; expected 260 bytes\. Res"):
+        scatter(reader, range(8))
     with pytest.raises(DamagedFile, match=r"acts/c/5/0 has 65 bytes; expected 260\. Restore"):
         reader.read_column(4)
     os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        scatter(reader, range(8))
 
 
 def test_a_damaged_index_raises(open_reader):

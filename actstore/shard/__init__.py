@@ -5,7 +5,8 @@ index of where each lies.  Without a compressor every inner chunk has the same s
 writes them in one fixed order, and *where a value lies is arithmetic*: chunk ``(r, c)`` starts at
 ``(r * n_column_chunks + c) * (chunk_bytes + 4)``, in row-major order inside, followed by its
 crc32c.  Any Zarr reader finds the chunks through the index; `ShardReader` computes them, reads
-some rows or one column at any place, and demands that the index says the same.
+some rows or one column at any place, and demands that the index says the same.  Rows that are dealt
+go from the file straight to where they belong: a `RowStack` is where, `ShardReader.scatter` how.
 
 A *band* is ``chunk_rows`` rows of all columns in chunk order, an array ``(n_column_chunks,
 chunk_rows, chunk_columns)``: what is written at once.  Bands are written from the top; those that
@@ -25,10 +26,12 @@ Nothing here syncs, renames or knows a store; the store does.
 from actstore.shard.checksum import crc32c_of_file
 from actstore.shard.layout import DTYPES, ShardLayout
 from actstore.shard.reader import ShardReader
+from actstore.shard.stack import RowStack
 from actstore.shard.writer import ShardFacts, ShardWriter, to_band
 
 __all__ = [
     "DTYPES",
+    "RowStack",
     "ShardFacts",
     "ShardLayout",
     "ShardReader",

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from actstore.errors import ArgumentError, DamagedFile, NeuronNotFound
 from actstore.shard.checksum import CHECKSUM_BYTES, encoded, extend
 from actstore.shard.layout import ShardLayout, bits_of, check_dtype, column_slices, index_of
+from actstore.shard.stack import RowStack
 
+_SCRATCH_BYTES = 1 << 17  # of rows that are scattered; in the second cache of any processor
 _RESTORE = "Restore it from a copy, or capture into a new store."
 
 
@@ -102,6 +104,69 @@ class ShardReader:
                 chunk = self._rows_of_chunk(band, c, first, last, buffer)
                 rows[:, columns] = chunk[:, : columns.stop - columns.start]
         return out
+
+    def scatter(
+        self, rows: NDArray[np.int64], stack: RowStack, places: NDArray[np.int64]
+    ) -> tuple[int, int]:
+        """Read rows from anywhere, each into a place of its own; main memory is written once.
+
+        Other threads run meanwhile.
+
+        Parameters
+        ----------
+        rows : ndarray of int64 (n,)
+            The rows, ascending.
+        stack : RowStack
+            Where to put them.
+        places : ndarray of int64 (n,)
+            The place of each.
+
+        Returns
+        -------
+        n_reads, n_bytes : int
+            How much was read: with what lies between rows that are near each other, and all of a
+            chunk on its first use.
+
+        Raises
+        ------
+        DamagedFile
+            If a chunk is damaged or missing.
+        ArgumentError
+            If the rows are outside the shard or not ascending, or there are no such places.
+        """
+        # Here, since numba takes longer to import than all that opens a store.
+        from actstore.shard.scatter import scatter
+
+        layout = self._layout
+        if (stack.width, stack.dtype) != (layout.width, layout.numpy_dtype):
+            raise ArgumentError(
+                f"the stack has {stack.width} columns of {stack.dtype}; expected {layout.width} of "
+                f"{layout.dtype}, as {self._label} has."
+            )
+        if rows.shape != places.shape or (rows[1:] < rows[:-1]).any():
+            raise ArgumentError(
+                f"rows {rows.shape} and places {places.shape} do not go together; expected as many "
+                f"of both, the rows of {self._label} ascending."
+            )
+        if not len(rows):
+            return 0, 0
+        addresses = stack.addresses(places)
+        n_verified = self._verify_bands_of(rows)
+        scratch = np.empty(max(_SCRATCH_BYTES, layout.row_bytes), np.uint8)
+        width_bytes = layout.width * layout.itemsize
+        while True:
+            failed, n_reads, n_bytes = scatter(
+                self._fd,
+                rows,
+                addresses,
+                width_bytes,
+                layout.row_bytes,
+                layout.chunk_rows,
+                scratch,
+            )
+            if failed < 0:
+                return n_verified + n_reads, n_verified * layout.chunk_bytes + n_bytes
+            self._read_into(scratch[:1], failed)  # raises what is the matter, if it still is
 
     def read_column(
         self, column: int, start: int = 0, stop: int | None = None, out: NDArray[Any] | None = None
@@ -268,6 +333,20 @@ class ShardReader:
                 f"{computed[::-1].hex()}, the file says {checksum[::-1].hex()}. {_RESTORE}"
             )
         self.verified[r, c] = True
+
+    def _verify_bands_of(self, rows: NDArray[np.int64]) -> int:
+        """Verify what was not yet of the bands that hold some rows; return how many chunks."""
+        height = self._layout.chunk_rows
+        first, last = int(rows[0]), int(rows[-1])
+        self._bands(first, last + 1)  # refuses rows that are not there
+        if self.verified[first // height : last // height + 1].all():
+            return 0
+        bands = np.unique(rows // height)
+        chunks = np.argwhere(~self.verified[bands])
+        buffer = self._buffer()
+        for band, c in chunks.tolist():
+            self._rows_of_chunk(int(bands[band]), c, 0, height, buffer)
+        return len(chunks)
 
     def _verified_bands(self) -> int:
         """Return the number of bands, after comparing size and index with what they must be."""

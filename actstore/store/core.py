@@ -37,7 +37,7 @@ from actstore.errors import (
     StoreNotFound,
     did_you_mean,
 )
-from actstore.shard import DTYPES, ShardLayout, ShardReader
+from actstore.shard import DTYPES, RowStack, ShardLayout, ShardReader
 from actstore.site import Site, select, summarize
 from actstore.store.generations import Generation, latest, latest_prefix
 from actstore.store.meta import FIRST, SPECIAL, Commit, Part, Segment, SiteInfo, StoreMeta
@@ -494,6 +494,21 @@ class CoreStore:
         """
         shard = self._site_shard(info, segment)  # held: the file closes with the last reference
         return shard.reader.read_rows(start, stop, out=out)
+
+    def scatter(
+        self,
+        info: SiteInfo,
+        segment: int,
+        rows: npt.NDArray[np.int64],
+        stack: RowStack,
+        places: npt.NDArray[np.int64],
+    ) -> tuple[int, int]:
+        """Read rows of a segment's shard, ascending, each into a place of a stack of its own.
+
+        Return reads and bytes.  Where not all rows are kept, `positions` says what rows they are.
+        """
+        shard = self._site_shard(info, segment)
+        return shard.reader.scatter(rows, stack, places)
 
     def read_column(self, info: SiteInfo, segment: int, neuron: int) -> npt.NDArray[Any]:
         """Return one neuron over the rows of a segment's shard, ``(rows,)``, stored dtype."""
