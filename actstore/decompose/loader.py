@@ -15,11 +15,10 @@ rows for another, its batches of an epoch form a *lane*: a part of the deal of i
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from actstore.decompose.ranked import RankedRows
+from actstore.decompose.ranked import RankedRows, as_tensor
 from actstore.decompose.scan import chosen_rows
 from actstore.errors import ArgumentError, BudgetExceeded, StoreMismatch
 from actstore.site import Site, summarize
@@ -44,6 +43,7 @@ BUDGET = 2**30
 
 _RUNS = 128  # runs that a buffer should hold at least
 _RUN_ROWS = (16, 256)  # least and most rows of a run
+_ONE_THREAD = 1 << 15  # values that torch does not share among threads
 _OVERHEAD_BYTES = 16 * 2**20  # a chunk being verified, the interpreter's own
 _NUMBERS_BYTES = (
     64  # of a row in a buffer: rank, order, place, row_id, and some while they are made
@@ -64,9 +64,7 @@ class Hand:
     """The batches of a buffer that are still to be dealt."""
 
     ranks: Ids
-    """The ranks of the buffer's rows, ascending."""
-    order: Ids
-    """Which of them come when."""
+    """The ranks of their rows, in the order in which they come."""
     n_batches: int
     """How many batches they make; only the last may be short."""
 
@@ -136,7 +134,7 @@ class Deal:
 
         rng = np.random.default_rng([self.seed, epoch, self.rank, lane, buffer])
         order = rng.permutation(stop - start)[(batch - first) * self.batch_rows :]
-        return Hand(np.sort(self._dealt(epoch, start, stop)), order, last - batch)
+        return Hand(self._dealt(epoch, start, stop)[order], last - batch)
 
     def _dealt(self, epoch: int, start: int, stop: int) -> Ids:
         """Return the ranks at some places of an epoch's deal of runs."""
@@ -327,29 +325,45 @@ class Loader(IterableDataset[Batch]):
     def _serve(self, store: CoreStore, deal: Deal, number: int) -> Iterator[Batch]:
         """Yield the batches of a worker from a number on, reading one buffer ahead."""
         ranked = RankedRows(store, self._infos, self._rows)
-        n_rows = min(deal.buffer_batches * deal.batch_rows, self._n_rows)
-        free = [ranked.buffers(n_rows) for _ in range(2)]
-        # One batch is in the caller's hands while another is made, out of stored values.
-        memory = _Memory((2 if self._dtype is None else 3) * len(self._infos))
+        n_rows = min(deal.batch_rows, self._n_rows)
+        # Two buffers, and the batch of the one before that is in the caller's hands.
+        n_batches = 2 * deal.buffer_batches + 1
+        stored = [_Memory(n_rows * info.row_bytes, n_batches) for info in self._infos]
+        # One in the caller's hands, and the next.
+        item_bytes = self._dtype.itemsize if self._dtype else 0
+        converted = [_Memory(n_rows * info.width * item_bytes, 2) for info in self._infos]
         hands = self._hands(deal, number)
         with ThreadPoolExecutor(2, "actstore-loader") as threads:
 
-            def read(buffers: list[npt.NDArray[Any]]) -> Future[_Buffer] | None:
+            def read() -> _Reading | None:
                 hand = next(hands, None)
                 if hand is None:
                     return None
-                return threads.submit(_Buffer.read, ranked, hand, buffers, threads)
+                sizes = np.diff([*range(0, len(hand.ranks), deal.batch_rows), len(hand.ranks)])
+                sites = [
+                    deque(
+                        memory.empty(int(n) * info.row_bytes)
+                        .view(store.layout(info).numpy_dtype)
+                        .reshape(-1, info.width)
+                        for n in sizes
+                    )
+                    for info, memory in zip(self._infos, stored, strict=True)
+                ]
+                out = [list(arrays) for arrays in sites]  # of its own: batches leave the deque
+                return _Reading(sites, threads.submit(ranked.read, hand.ranks, out, threads))
 
-            reading = read(free.pop())
+            reading = read()
             while reading:
-                buffer = reading.result()
-                reading = read(free.pop())
-                for start in range(0, len(buffer.order), deal.batch_rows):
-                    order = buffer.order[start : start + deal.batch_rows]
-                    batch = self._batch(buffer, order, memory)
+                sites, row_ids = reading.sites, reading.row_ids.result()
+                reading = read()
+                for first in range(0, len(row_ids), deal.batch_rows):
                     self._given += deal.n_workers
-                    yield batch
-                free.append(buffer.values)
+                    # Held by nobody here, so that its memory is free once the caller drops it.
+                    yield self._batch(
+                        [arrays.popleft() for arrays in sites],
+                        row_ids[first : first + deal.batch_rows],
+                        converted,
+                    )
 
     def _hands(self, deal: Deal, number: int) -> Iterator[Hand]:
         while self._epochs is None or number < self._epochs * deal.n_batches:
@@ -357,20 +371,23 @@ class Loader(IterableDataset[Batch]):
             number += hand.n_batches * deal.n_workers
             yield hand
 
-    def _batch(self, buffer: _Buffer, order: Ids, memory: _Memory) -> Batch:
+    def _batch(
+        self, arrays: list[npt.NDArray[Any]], row_ids: Ids, memories: list[_Memory]
+    ) -> Batch:
         values = {}
-        for info, stored, places in zip(self._infos, buffer.values, buffer.places, strict=True):
-            shape = len(order), stored.shape[1]
-            rows = memory.empty(shape, getattr(torch, info.dtype))
-            bits = f"i{stored.itemsize}"
-            # Not by torch: beside reads its threads wait for each other more than they help.
-            taken = rows.view(getattr(torch, f"int{8 * stored.itemsize}")).numpy()
-            np.take(stored.view(bits), places[order], axis=0, out=taken, mode="clip")
+        for info, array, memory in zip(self._infos, arrays, memories, strict=True):
+            rows = as_tensor(array)
             if self._dtype not in (None, rows.dtype):
-                rows = memory.empty(shape, self._dtype).copy_(rows)
+                out = torch.from_numpy(memory.empty(array.size * self._dtype.itemsize))
+                stored, rows = rows, out.view(self._dtype).view(rows.shape)
+                # So few at once that torch does it in this thread: beside reads its threads wait
+                # for each other more than they help.
+                n_rows = max(1, _ONE_THREAD // info.width)
+                for start in range(0, len(rows), n_rows):
+                    rows[start : start + n_rows] = stored[start : start + n_rows]
             values[str(info.site)] = rows
-        row_ids = torch.from_numpy(buffer.row_ids[order])
-        return Batch(next(iter(values.values())) if self._single else values, row_ids)
+        first = next(iter(values.values()))
+        return Batch(first if self._single else values, torch.from_numpy(row_ids.copy()))
 
     def _deal(self, n_workers: int) -> Deal:
         """Return the deal that so many workers share.
@@ -385,7 +402,7 @@ class Loader(IterableDataset[Batch]):
         width = sum(info.width for info in self._infos)
         # A batch in the caller's hands and one being made, stored and converted.
         fixed = _OVERHEAD_BYTES + 2 * self._batch_rows * (row_bytes + given * width)
-        two_buffers = 2 * RankedRows.buffer_rows(self._batch_rows) * (row_bytes + _NUMBERS_BYTES)
+        two_buffers = 2 * self._batch_rows * (row_bytes + _NUMBERS_BYTES)
         n_batches = (self._budget_bytes // n_workers - fixed) // two_buffers
         if n_batches < 1:
             needed = n_workers * (fixed + two_buffers)
@@ -407,45 +424,42 @@ class Loader(IterableDataset[Batch]):
         )
 
 
-@dataclass(frozen=True)
-class _Buffer:
-    """Rows in memory, and the order in which they come."""
+class _Reading(NamedTuple):
+    """A buffer that is being read."""
 
-    values: list[npt.NDArray[Any]]
-    places: list[Ids]
-    row_ids: Ids
-    order: Ids
-
-    @classmethod
-    def read(
-        cls, ranked: RankedRows, hand: Hand, values: list[npt.NDArray[Any]], helper: Executor
-    ) -> _Buffer:
-        places, row_ids = ranked.read(hand.ranks, values, helper)
-        return cls(values, places, row_ids, hand.order)
+    sites: list[deque[npt.NDArray[Any]]]
+    """The values of its batches at each site; those given are no longer there."""
+    row_ids: Future[Ids]
+    """The row_id of each row."""
 
 
 class _Memory:
-    """Memory of batches, used again when nobody holds a tensor on it any more.
+    """Memory of batches, used again when nobody holds an array or tensor on it any more.
 
     Fresh memory costs as much as what is written to it, and a batch is too large for the allocator
     to keep.
+
+    Parameters
+    ----------
+    piece_bytes : int
+        Bytes of the largest batch.
+    n_pieces : int
+        Batches at once; more are made where the caller holds more, and forgotten.
     """
 
-    def __init__(self, n_pieces: int) -> None:
+    def __init__(self, piece_bytes: int, n_pieces: int) -> None:
+        self._piece_bytes = piece_bytes
         self._pieces: deque[npt.NDArray[np.uint8]] = deque(maxlen=n_pieces)
 
-    def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor of any values."""
-        n_bytes = math.prod(shape) * dtype.itemsize
+    def empty(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return memory that holds anything."""
         for i in range(len(self._pieces)):
             # Held by the deque and, while it is asked, by the question alone.
-            if len(self._pieces[i]) == n_bytes and sys.getrefcount(self._pieces[i]) <= 2:
-                piece = self._pieces[i]
-                break
-        else:
-            piece = np.empty(n_bytes, np.uint8)
-            self._pieces.append(piece)
-        return torch.from_numpy(piece).view(dtype).view(shape)
+            if sys.getrefcount(self._pieces[i]) <= 2:
+                return self._pieces[i][:n_bytes]
+        piece = np.empty(self._piece_bytes, np.uint8)
+        self._pieces.append(piece)
+        return piece[:n_bytes]
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -20,17 +20,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from actstore.errors import ArgumentError, BudgetExceeded, NonFiniteActivation
+from actstore.decompose.ranked import RankedRows, as_tensor
+from actstore.errors import ArgumentError, BudgetExceeded
 from actstore.site import Site, summarize
 from actstore.store import CoreStore, Rows, SiteInfo
-from actstore.store.rows import stretches
 
 Ids = npt.NDArray[np.int64]
 
@@ -41,8 +41,6 @@ RUN_ROWS = 32
 """Rows of a run: neighbours that are read at once, and come in one block."""
 
 _AHEAD_ROWS = 4096  # read at once where the budget allows; more is no faster
-_GAP_ROWS = 16  # it costs less to read so many rows than to seek over them
-_SPAN_ROWS = 1024
 _OVERHEAD_BYTES = 16 * 2**20  # a chunk being verified, row numbers, the interpreter's own
 
 
@@ -89,28 +87,12 @@ class Scan:
         reserved_bytes: int = 0,
         seed: int = 0,
     ) -> None:
-        if len({info.site.space for info in infos}) != 1:
-            raise ArgumentError(
-                f"sites = {summarize(info.site for info in infos) or 'none'} do not share rows; "
-                f"expected sites of one space of {store.path}. Name them as "
-                "'encoder.mlp_post' or 'decoder.mlp_post'."
-            )
-        rows = store.rows_stored(rows, infos)
-        if not rows.n_rows:
-            raise ArgumentError(
-                f"rows = {rows.rule!r} chooses none of the {store.n_rows(infos[0].site.space):,} "
-                f"committed rows of {store.path}. Pass rows='all', or capture more segments."
-            )
-        self._store = store
-        self._infos = list(infos)
-        self._rows = rows
+        self.ranked = RankedRows(store, infos, rows)
+        """What reads the rows; it counts its reads."""
         self._seed = seed
         self._free_bytes = budget_bytes - reserved_bytes - _OVERHEAD_BYTES
         self._budget_bytes = budget_bytes
         self._reserved_bytes = reserved_bytes
-        self._segments = rows.segments
-        counts = [len(rows.offsets(segment)) for segment in self._segments]
-        self._firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         edges = np.cumsum([0] + [info.width for info in infos]).tolist()
         self.columns: dict[Site, slice] = {
             info.site: slice(a, b)
@@ -119,12 +101,8 @@ class Scan:
         """The columns of each site in a block."""
         self.width: int = edges[-1]
         """Columns of a block."""
-        self.n_rows = rows.n_rows
+        self.n_rows = self.ranked.n_rows
         """Rows that a pass serves."""
-        self.n_reads = 0
-        """Reads so far."""
-        self.bytes_read = 0
-        """Bytes of activations read so far."""
 
     # -- orders --------------------------------------------------------------------------------
 
@@ -132,7 +110,7 @@ class Scan:
         """Serve every row once, in row order; no block spans two segments."""
         blocks = (
             np.arange(start, min(start + block_rows, last))
-            for first, last in itertools.pairwise(self._firsts.tolist())
+            for first, last in itertools.pairwise(self.ranked.edges.tolist())
             for start in range(first, last, block_rows)
         )
         return self._serve(blocks, block_rows)
@@ -186,18 +164,6 @@ class Scan:
 
     # -- reading -------------------------------------------------------------------------------
 
-    @property
-    def _row_bytes(self) -> int:
-        return sum(info.row_bytes for info in self._infos)
-
-    def _block_bytes(self, block_rows: int) -> int:
-        """Return what a block takes: its float32 values, the rows behind it, the rows ahead."""
-        return block_rows * (4 * self.width + 2 * self._row_bytes)
-
-    def fits(self, block_rows: int) -> bool:
-        """Return whether blocks of so many rows fit the budget."""
-        return self._block_bytes(block_rows) <= self._free_bytes
-
     def rows_at_once(self, block_rows: int) -> int:
         """Return how many rows are read at once so that all fits the budget.
 
@@ -206,111 +172,73 @@ class Scan:
         BudgetExceeded
             If not even one block does.
         """
-        if not self.fits(block_rows):
-            needed = self._budget_bytes - self._free_bytes + self._block_bytes(block_rows)
+        # A block's float32 values; the stored ones it is made from, and as many read ahead.
+        values_bytes = 4 * block_rows * self.width
+        stored_bytes = 2 * block_rows * self.ranked.row_bytes
+        spare = self._free_bytes - values_bytes
+        if spare < stored_bytes:
+            needed = self._budget_bytes - spare + stored_bytes
             raise BudgetExceeded(
                 f"{summarize(self.columns)} ({self.width:,} neurons) needs at least {needed:,} "
                 f"bytes in blocks of {block_rows} rows ({self._reserved_bytes:,} of them for the "
                 f"result), and the budget is {self._budget_bytes:,}. Pass budget={needed} or "
                 "more, or fewer sites."
             )
-        spare = self._free_bytes - 4 * block_rows * self.width
-        n_blocks = spare // (2 * block_rows * self._row_bytes)
-        return min(n_blocks * block_rows, max(_AHEAD_ROWS, block_rows))
+        return min(spare // stored_bytes * block_rows, max(_AHEAD_ROWS, block_rows))
 
     def _serve(self, blocks: Iterable[Ids], block_rows: int) -> Iterator[Block]:
         """Yield the blocks with the given ranks, reading some ahead in a thread."""
         at_once = self.rows_at_once(block_rows)
         out = torch.empty((min(block_rows, self.n_rows), self.width))
         # Reused, since fresh memory costs more than what is done with it.
-        places = [self._buffers(min(at_once, self.n_rows)) for _ in range(2)]
+        buffers, ahead = (self.ranked.empty(min(at_once, self.n_rows)) for _ in range(2))
         pieces = _pieces(blocks, at_once)
         with ThreadPoolExecutor(1, "actstore-scan") as thread:
+
+            def read(piece: list[Ids], memory: list[npt.NDArray[Any]]) -> Future[Ids]:
+                ranks = np.concatenate(piece)
+                return thread.submit(self.ranked.read, ranks, [[array] for array in memory])
+
             piece = next(pieces, None)
-            reading = piece and thread.submit(self._read, np.concatenate(piece), places[0])
+            reading = piece and read(piece, ahead)
             while piece and reading:
-                where, row_ids = reading.result()
-                buffers = places[0]
-                places.reverse()
+                row_ids = reading.result()
+                buffers, ahead = ahead, buffers
                 following = next(pieces, None)
                 if following:
-                    reading = thread.submit(self._read, np.concatenate(following), places[0])
+                    reading = read(following, ahead)
                 done = 0
                 for ranks in piece:
-                    span = slice(done, done + len(ranks))
+                    yield self._block(buffers, row_ids, done, len(ranks), out)
                     done += len(ranks)
-                    yield self._block(buffers, where[span], row_ids[span], out)
                 piece = following
 
-    def _buffers(self, n_rows: int) -> list[npt.NDArray[Any]]:
-        return [
-            np.empty((n_rows, info.width), self._store.layout(info).numpy_dtype)
-            for info in self._infos
-        ]
-
-    def _read(self, ranks: Ids, buffers: list[npt.NDArray[Any]]) -> tuple[Ids, Ids]:
-        """Read rows into the buffers in row order; return the place and row_id of each rank."""
-        order = np.argsort(ranks, kind="stable")
-        ascending = ranks[order]
-        where = np.empty(len(ranks), dtype=np.int64)
-        where[order] = np.arange(len(ranks))
-        ids = np.empty(len(ranks), dtype=np.int64)
-        edges = np.searchsorted(ascending, self._firsts)
-        for number in np.flatnonzero(np.diff(edges)):
-            low, high = int(edges[number]), int(edges[number + 1])
-            segment = self._segments[number]
-            chosen = self._rows.offsets(segment)
-            offsets = chosen[ascending[low:high] - self._firsts[number]]
-            ids[low:high] = offsets + segment * self._rows.segment_rows
-            # Sites that keep the same part of the rows have them in the same places.
-            for keep in {info.keep for info in self._infos}:
-                mine = [i for i, info in enumerate(self._infos) if info.keep == keep]
-                places = self._store.positions(self._infos[mine[0]], segment, offsets)
-                # A span is read at once: its rows are near each other and not too many.
-                jumps = (np.diff(places) > _GAP_ROWS) | (np.diff(places // _SPAN_ROWS) != 0)
-                for a, b in stretches(jumps, high - low):
-                    for i in mine:
-                        out = buffers[i][low + a : low + b]
-                        self._read_span(self._infos[i], segment, places[a:b], out)
-        return where, ids[where]
-
-    def _read_span(self, info: SiteInfo, segment: int, places: Ids, out: npt.NDArray[Any]) -> None:
-        start, stop = int(places[0]), int(places[-1]) + 1
-        if stop - start == len(places):
-            self._store.read(info, segment, start, stop, out=out)
-        else:
-            out[:] = self._store.read(info, segment, start, stop)[places - start]
-        self.n_reads += 1
-        self.bytes_read += (stop - start) * info.row_bytes
-
     def _block(
-        self, buffers: list[npt.NDArray[Any]], where: Ids, row_ids: Ids, out: torch.Tensor
+        self,
+        buffers: list[npt.NDArray[Any]],
+        row_ids: Ids,
+        start: int,
+        n_rows: int,
+        out: torch.Tensor,
     ) -> Block:
-        """Return rows of the buffers as a float32 block."""
-        out = out[: len(where)]
-        in_order = bool((np.diff(where) == 1).all())
-        span = slice(int(where[0]), int(where[-1]) + 1)
-        index = torch.from_numpy(where)
+        """Return some rows of the buffers as a float32 block."""
+        span = slice(start, start + n_rows)
+        block = Block(out[:n_rows], row_ids[span])
         for buffer, columns in zip(buffers, self.columns.values(), strict=True):
-            values = _tensor(buffer)
-            out[:, columns] = values[span] if in_order else values.index_select(0, index)
-        self._check(out, row_ids)
-        return Block(out, row_ids)
+            block.values[:, columns] = as_tensor(buffer[span])
+        self._check(block)
+        return block
 
-    def _check(self, block: torch.Tensor, row_ids: Ids) -> None:
+    def _check(self, block: Block) -> None:
         """Raise if a value is NaN or infinite; the sum finds out for a tenth of the price."""
-        if math.isfinite(float(block.sum())):
+        if math.isfinite(float(block.values.sum())):
             return
-        for row, column in torch.nonzero(~torch.isfinite(block))[:1].tolist():
+        for row, column in torch.nonzero(~torch.isfinite(block.values))[:1].tolist():
             site, columns = next(
                 (site, span) for site, span in self.columns.items() if column < span.stop
             )
-            raise NonFiniteActivation(
-                f"{site} of {self._store.path} is {float(block[row, column])} at row_id = "
-                f"{row_ids[row]}, neuron {column - columns.start}; expected finite numbers. "
-                "Leave the row out with rows=..., or capture again with --on-nan error to find "
-                "its cause."
-            )
+            value, row_id = float(block.values[row, column]), int(block.row_ids[row])
+            raise self.ranked.non_finite(site, value, row_id, column - columns.start)
 
 
 class Sample:
@@ -322,23 +250,23 @@ class Sample:
         self._block_rows = block_rows
         self._kept: tuple[list[npt.NDArray[Any]], Ids] | None = None
         block_bytes = block_rows * scan.width * 4
-        if len(ranks) * scan._row_bytes + block_bytes <= scan._free_bytes:
-            buffers = scan._buffers(len(ranks))
-            _, row_ids = scan._read(ranks, buffers)
-            self._kept = (buffers, row_ids)
+        if len(ranks) * scan.ranked.row_bytes + block_bytes <= scan._free_bytes:
+            buffers = scan.ranked.empty(len(ranks))
+            self._kept = buffers, scan.ranked.read(ranks, [[buffer] for buffer in buffers])
 
     def __len__(self) -> int:
         return len(self._ranks)
 
     def __iter__(self) -> Iterator[Block]:
         """Serve the rows in row order."""
-        step = self._block_rows
-        spans = [np.arange(a, min(a + step, len(self))) for a in range(0, len(self), step)]
+        step, n_rows = self._block_rows, len(self)
+        spans = [(start, min(step, n_rows - start)) for start in range(0, n_rows, step)]
         if self._kept is None:
-            return self._scan._serve((self._ranks[span] for span in spans), step)
+            blocks = (self._ranks[start : start + n] for start, n in spans)
+            return self._scan._serve(blocks, step)
         buffers, row_ids = self._kept
-        out = torch.empty((min(step, len(self)), self._scan.width))
-        return (self._scan._block(buffers, span, row_ids[span], out) for span in spans)
+        out = torch.empty((min(step, n_rows), self._scan.width))
+        return (self._scan._block(buffers, row_ids, start, n, out) for start, n in spans)
 
 
 def chosen_rows(store: CoreStore, rows: Rows | str, infos: Sequence[SiteInfo]) -> Rows:
@@ -371,10 +299,3 @@ def _pieces(blocks: Iterable[Ids], rows: int) -> Iterator[list[Ids]]:
         n_rows += len(block)
     if piece:
         yield piece
-
-
-def _tensor(values: npt.NDArray[Any]) -> torch.Tensor:
-    """Return stored values as a tensor on the same memory; torch knows no bfloat16 of NumPy."""
-    if values.dtype.name == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)

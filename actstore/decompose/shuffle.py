@@ -176,7 +176,7 @@ class _Copy:
         spill_rows = min(free // 2, _SPILL_BYTES) // self._row_bytes
         # Two thirds full on average: the fullest is then six standard deviations from its limit.
         self._n_spills = 1 if n_rows <= spill_rows else -(-3 * n_rows // (2 * spill_rows))
-        # The first pass holds a piece as read, as records and, of one site, in the new order.
+        # The first pass holds a piece, and half a dozen numbers of each of its rows.
         piece_bytes = min(free // 4, max(_PIECE_BYTES, self._n_spills * _APPEND_BYTES))
         self._piece_rows = min(piece_bytes // self._row_bytes, n_rows)
 
@@ -203,18 +203,16 @@ class _Copy:
         if self.folder.exists():  # left by a process that died
             shutil.rmtree(self.folder)
         durable.make_folder(self._spill(0).parent)
-        buffers = ranked.buffers(self._piece_rows)
         memory = np.empty(self._piece_rows, self._record)
+        sites = [[_values(memory, name, array.layout)] for name, array in self._arrays.items()]
         for start in range(0, self._n_rows, self._piece_rows):
             ranks = np.arange(start, min(start + self._piece_rows, self._n_rows))
-            places, row_ids = ranked.read(ranks, buffers)
             keys = rng.integers(0, 2**64, len(ranks), dtype=np.uint64)
             numbers = (keys >> np.uint64(32)) * np.uint64(self._n_spills) >> np.uint64(32)
             order = np.argsort(numbers, kind="stable")
             records = memory[: len(ranks)]
-            records["key"], records["row_id"] = keys[order], row_ids[order]
-            for name, buffer, where in zip(self._arrays, buffers, places, strict=True):
-                records[name] = _as_void(buffer)[where[order]]
+            records["key"] = keys[order]
+            records["row_id"] = ranked.read(ranks[order], sites)
             edges = np.searchsorted(numbers[order], np.arange(self._n_spills + 1))
             for number in np.flatnonzero(np.diff(edges)):
                 with self._spill(int(number)).open("ab") as file:
@@ -287,7 +285,8 @@ class _SiteArray:
 
     def __init__(self, folder: Path, layout: ShardLayout) -> None:
         self._folder = folder
-        self._layout = layout
+        self.layout = layout
+        """How the rows lie in a shard."""
         self._n_shards = 0
         self._n_bands = 0
         self._file: BinaryIO | None = None
@@ -298,11 +297,11 @@ class _SiteArray:
             self._path = self._folder / f"c/{self._n_shards}/0"
             durable.make_folder(self._path.parent)
             self._file = durable.partial_of(self._path).open("wb", buffering=0)
-            self._writer = ShardWriter(self._file, self._layout)
-        values = np.ascontiguousarray(rows).view(self._layout.numpy_dtype)
-        self._writer.write_band(to_band(values.reshape(len(rows), -1), self._layout))
+            self._writer = ShardWriter(self._file, self.layout)
+        values = np.ascontiguousarray(rows).view(self.layout.numpy_dtype)
+        self._writer.write_band(to_band(values.reshape(len(rows), -1), self.layout))
         self._n_bands += 1
-        if self._n_bands == self._layout.n_row_chunks:
+        if self._n_bands == self.layout.n_row_chunks:
             self._finish_shard()
 
     def _finish_shard(self) -> None:
@@ -316,8 +315,8 @@ class _SiteArray:
     def finish(self, n_rows: int) -> None:
         """Write what is open, and the array's metadata."""
         self._finish_shard()
-        document = self._layout.zarr_metadata(self._n_shards, {})
-        document["shape"] = [n_rows, self._layout.width]  # the last shard hangs over
+        document = self.layout.zarr_metadata(self._n_shards, {})
+        document["shape"] = [n_rows, self.layout.width]  # the last shard hangs over
         durable.replace(self._folder / "zarr.json", durable.to_json(document))
 
 
@@ -368,6 +367,13 @@ class _IdsArray:
         durable.replace(self._folder / "zarr.json", durable.to_json(document))
 
 
-def _as_void(values: npt.NDArray[Any]) -> npt.NDArray[np.void]:
-    """Return each row as one item of bytes."""
-    return values.view(f"V{values.strides[0]}").ravel()
+def _values(records: npt.NDArray[np.void], name: str, layout: ShardLayout) -> npt.NDArray[Any]:
+    """Return a field that holds rows as bytes, as an array of rows on the same memory."""
+    first = records.dtype.fields[name][1] if records.dtype.fields else 0
+    return np.ndarray(
+        (len(records), layout.width),
+        layout.numpy_dtype,
+        records.view(np.uint8).data,
+        first,
+        (records.itemsize, layout.itemsize),
+    )

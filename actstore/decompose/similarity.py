@@ -277,8 +277,8 @@ def similarity(
                 if math.isnan(value)
             },
             "seed": seed,
-            "n_reads": scan.n_reads,
-            "bytes_read": scan.bytes_read,
+            "n_reads": scan.ranked.n_reads,
+            "bytes_read": scan.ranked.bytes_read,
             "seconds": {"cka": round(time.perf_counter() - began, 3)},
             "threads": torch.get_num_threads(),
             "versions": {"numpy": np.__version__, "torch": str(torch.__version__)},

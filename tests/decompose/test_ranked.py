@@ -33,60 +33,73 @@ def ranked_rows(store, rows=None):
     return RankedRows(store, store.select(None), store.rows() if rows is None else rows)
 
 
-def count_reads(store, monkeypatch):
-    """Return a list that gets the number of rows of each read."""
-    reads, read = [], store.read
-
-    def counted(info, segment, start, stop, out=None):
-        reads.append(stop - start)
-        return read(info, segment, start, stop, out=out)
-
-    monkeypatch.setattr(store, "read", counted)
-    return reads
+def in_pieces(arrays, *, cuts):
+    """Return the same memory as arrays one above the other."""
+    return [np.split(array, cuts) for array in arrays]
 
 
 @pytest.mark.parametrize("rule", ["content", "all"])
 @pytest.mark.parametrize("step", [1, 2, 7, 60])
+@pytest.mark.parametrize("order", ["ascending", "dealt"])
 @pytest.mark.parametrize("helped", [False, True])
-def test_each_rank_gives_its_own_row(store, rule, step, helped):
-    """Whatever lies between them, rows come with their own values and row ids."""
+def test_each_rank_gives_its_own_row(store, rule, step, order, helped):
+    """Whatever lies between them and in whatever order, rows come with their values and row ids."""
     rows = store.rows(rule)
     ranked = ranked_rows(store, rows)
     ranks = np.arange(3, ranked.n_rows, step)
-    buffers = ranked.buffers(len(ranks))
+    if order == "dealt":
+        ranks = np.random.default_rng(step).permutation(ranks)
+    memory = ranked.empty(len(ranks) + 5)
 
     with ThreadPoolExecutor(1) as helper:
-        places, row_ids = ranked.read(ranks, buffers, helper if helped else None)
+        row_ids = ranked.read(
+            ranks, in_pieces(memory, cuts=[11, 11, 37]), helper if helped else None
+        )
 
     np.testing.assert_array_equal(row_ids, rows.row_ids()[ranks])
-    for info, buffer, where in zip(store.select(None), buffers, places, strict=True):
-        assert buffer.dtype == store.layout(info).numpy_dtype
-        np.testing.assert_array_equal(buffer[where], store[info.site][row_ids])
+    for info, values in zip(store.select(None), memory, strict=True):
+        assert values.dtype == store.layout(info).numpy_dtype
+        np.testing.assert_array_equal(values[: len(ranks)], store[info.site][row_ids])
         np.testing.assert_array_equal(
-            as_tensor(buffer[where[::-1]]).float().numpy(),
+            as_tensor(values[: len(ranks)][::-1].copy()).float().numpy(),
             store[info.site][row_ids[::-1]].astype(np.float32),
         )
 
 
-def test_the_first_rows_of_windows_are_read_over(store, monkeypatch):
-    """Content rows are read as if nothing lay between them: a read a site and segment."""
+def test_sites_that_keep_other_parts_agree(tmp_path):
+    """Each site's row is that of the rank, wherever its own sample has it."""
+    rng = np.random.default_rng(2)
+    values = {f"mlp_post.{i}": rng.normal(size=(3001, 7 + i)) for i in range(3)}
+    keep = {"mlp_post.0": 1 / 4, "mlp_post.1": 1 / 2, "mlp_post.2": 1.0}
+    store = synthetic_store(tmp_path / "store", values, keep=keep)
     ranked = ranked_rows(store)
-    reads = count_reads(store, monkeypatch)
+    ranks = rng.permutation(ranked.n_rows)
+    memory = ranked.empty(len(ranks))
 
-    ranked.read(np.arange(ranked.n_rows), ranked.buffers(ranked.n_rows))
+    row_ids = ranked.read(ranks, [[array] for array in memory])
 
-    assert len(reads) == 3 * len(store.committed)
+    assert sorted(row_ids) == store["mlp_post.0"].row_ids().tolist()
+    for name, found in zip(values, memory, strict=True):
+        np.testing.assert_array_equal(found, store[name][row_ids])
 
 
-def test_what_was_not_asked_for_is_little(store, monkeypatch):
-    """Rows far from each other are read one by one, not with all between them."""
-    ranked = ranked_rows(store, store.rows("all"))
-    reads = count_reads(store, monkeypatch)
-    ranks = np.arange(0, ranked.n_rows, 5)
+def test_near_neighbours_are_read_at_once(store):
+    """Content rows are read as if nothing lay between them, far ones without what does."""
+    ranked = ranked_rows(store)
+    memory = [[array] for array in ranked.empty(ranked.n_rows)]
+    ranked.read(np.arange(ranked.n_rows), memory)  # and verified
+    n_chunks = sum(store.layout(info).n_column_chunks for info in store.select(None))
+    n_bands = sum(-(-store.planned[s].rows[""] // 256) for s in store.committed)
 
-    ranked.read(ranks, ranked.buffers(len(ranks)))
-
-    assert sum(reads) <= 3 * ranked.buffer_rows(len(ranks))
+    before = ranked.n_reads
+    ranked.read(np.arange(ranked.n_rows), memory)
+    assert ranked.n_reads - before <= 2 * n_chunks * n_bands
+    before = ranked.bytes_read
+    ranks = np.arange(0, ranked.n_rows, 500)
+    ranked.read(ranks, memory)
+    layouts = [store.layout(info) for info in store.select(None)]
+    padded = sum(layout.padded_width * layout.itemsize for layout in layouts)
+    assert ranked.bytes_read - before == len(ranks) * padded
 
 
 def test_a_stored_nan_is_refused(tmp_path, monkeypatch):
@@ -104,7 +117,8 @@ def test_a_stored_nan_is_refused(tmp_path, monkeypatch):
 
     for rows in (store.rows(), without):
         ranked = ranked_rows(store, rows)
-        arguments = np.arange(ranked.n_rows), ranked.buffers(ranked.n_rows)
+        memory = ranked.empty(ranked.n_rows)
+        arguments = np.arange(ranked.n_rows), in_pieces(memory, cuts=[100])
         if rows is without:
             ranked.read(*arguments)
         else:
@@ -122,3 +136,5 @@ def test_sites_of_two_spaces_are_refused(tmp_path):
 
     with pytest.raises(ArgumentError, match="do not share rows"):
         ranked_rows(store, store.rows(space="encoder"))
+    with pytest.raises(ArgumentError, match="sites = none do not share rows"):
+        RankedRows(store, [], store.rows(space="encoder"))
