@@ -242,9 +242,9 @@ class Worker:
         self._progress = progress
         self.timing = Timing()
         self.n_bands = affordable_bands(store.meta, budget)
+        # Bands are made when one is needed that the disk has not given back yet.
         self._pool: queue.Queue[_Band] = queue.Queue()
-        for _ in range(self.n_bands):
-            self._pool.put(_Band(store))
+        self._n_made = 0
         # Bounded by the pool: every band in it was taken from there.
         self._tasks: queue.Queue[tuple[_SegmentWork, int, _Band | None] | None] = queue.Queue()
         self._sampled = SampledBands(store.meta)
@@ -337,6 +337,9 @@ class Worker:
         return work.rows
 
     def _take_band(self) -> _Band:
+        if self._pool.empty() and self._n_made < self.n_bands:
+            self._n_made += 1
+            return _Band(self._store)
         started = time.perf_counter()
         while True:
             self._check_writer()
