@@ -39,6 +39,7 @@ from actstore.folds.kernel import (
     Window,
     decode,
     encode,
+    first_limits,
     fold_columns,
     nothing_found,
 )
@@ -51,6 +52,10 @@ from actstore.shard import DTYPES
 
 SAMPLE_ROWS = 64
 """Rows whose mean the powers are taken about: keeps it within sqrt(rows / 64) deviations."""
+
+# Groups of rows whose extremes give the first limits, for each place of a list: more of them bring
+# the limits nearer to the values they stand for, and cost more.
+_GROUPS_OF_K = 3
 
 # Of a column: sums of content and of other rows, limits, counts, the open window.
 _SMALL_BYTES = 192
@@ -265,8 +270,13 @@ class BandFolds:
             if np.isnan(sums.shift[0]):
                 sums.shift[:] = site.sample_mean(bits, rows)
 
+        n_groups = _GROUPS_OF_K * self.k
+        is_first = content.size >= n_groups and bool(np.isinf(site.candidates.limits).all())
+
         def fold(columns: tuple[int, int]) -> Found:
             found = nothing_found()
+            if is_first:
+                first_limits(bits, site.saturated, columns, content, n_groups, site.candidates)
             for rows, sums, candidates, extremes, is_content in jobs:
                 fold_columns(
                     *(bits, site.saturated, first_offset, columns, rows),
@@ -554,5 +564,6 @@ def warm_up() -> None:
     """Compile, or load from the cache, what `BandFolds` runs: some seconds the first time."""
     for dtype in DTYPES:
         folds = BandFolds([1], [dtype], first_row_id=0, k=1, n_threads=1)
-        band = np.zeros((1, 1, 1), DTYPES[dtype])
-        folds.update(0, band, np.arange(1), np.arange(0), np.arange(1))
+        band = np.zeros((1, _GROUPS_OF_K, 1), DTYPES[dtype])
+        rows = np.arange(_GROUPS_OF_K)
+        folds.update(0, band, rows, np.arange(0), rows)

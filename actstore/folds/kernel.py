@@ -24,6 +24,9 @@ looked at: without that, every zero of a ReLU would be a candidate for the botto
 minimum of a GELU.  A tie with the threshold of *committed segments* loses if the threshold's row
 comes before the band; where segments are done out of order it may win, and is a candidate.
 
+In the first band of a store everything would be a candidate for long, so `first_limits` goes ahead
+there: cut into groups, the rows have at least k values as high as the k-th of the groups' maxima.
+
 **Windows.**  A column needs two numbers of the window that is open: its highest value, and where
 to look for the first row that has it (the group, or in a group with several windows the row).  At
 the window's end they are compared with the column's limit; what passes, about one window in N / k
@@ -276,6 +279,51 @@ def fold_columns(
                     )
                 site_window_highs[first + column] = window_highs[column]
                 site_window_limits[0, first + column] = window_limits[column]
+        first += width
+
+
+@compiled
+def first_limits(
+    bits: Array,
+    saturated: Array,
+    columns: tuple[int, int],
+    rows: NDArray[np.int64],
+    n_groups: int,
+    candidates: Candidates,
+) -> None:
+    """Set the limits of some columns that have none yet by the extremes of groups of rows.
+
+    There must be k groups or more, and no more groups than rows.
+    """
+    _, _, limits, k = candidates
+    chunk_columns = bits.shape[2]
+    largest, smallest = to_float(saturated[1]), to_float(saturated[0])
+    infinity = np.float32(np.inf)
+    highs = np.empty((n_groups, TILE), np.float32)
+    lows = np.empty((n_groups, TILE), np.float32)
+    some = np.empty(n_groups, np.float32)
+    first, last = columns
+    while first < last:
+        chunk, start = first // chunk_columns, first % chunk_columns
+        width = min(chunk_columns - start, last - first)
+        highs[:], lows[:] = -np.inf, np.inf
+        for i in range(rows.size):
+            group, row = i * n_groups // rows.size, rows[i]
+            for column in range(width):
+                value = to_float(bits[chunk, row, np.uint64(start + column)]) + np.float32(0.0)
+                high, low = highs[group, np.uint64(column)], lows[group, np.uint64(column)]
+                highs[group, np.uint64(column)] = value if value > high else high
+                lows[group, np.uint64(column)] = value if value < low else low
+        for column in range(width):
+            # The limit itself does not pass, and a value that is equal to the k-th must.
+            for group in range(n_groups):
+                some[group] = -min(highs[group, column], largest)
+            kth = -np.partition(some, k - 1)[k - 1]
+            limits[TOP, first + column] = np.nextafter(kth, -infinity)
+            for group in range(n_groups):
+                some[group] = max(lows[group, column], smallest)
+            kth = np.partition(some, k - 1)[k - 1]
+            limits[BOTTOM, first + column] = np.nextafter(kth, infinity)
         first += width
 
 
