@@ -12,6 +12,8 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow as pa
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Larger blocks have pages of their own, which go as they go: in the heap each would leave a hole
 # that its successor, aligned a little differently, does not fit into.
@@ -36,4 +38,12 @@ def freed_memory_kept() -> Iterator[None]:
         yield
     finally:
         libc.mallopt(_TRIM_THRESHOLD, _USUAL)
+        give_back()
+
+
+def give_back() -> None:
+    """Give what is free now to the operating system, wherever in the heaps it lies."""
+    pa.default_memory_pool().release_unused()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

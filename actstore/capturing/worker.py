@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actstore.capturing.allocator import freed_memory_kept
+from actstore.capturing.allocator import freed_memory_kept, give_back
 from actstore.capturing.batches import Batch, batches
 from actstore.capturing.compact import compact, needs_compaction
 from actstore.capturing.lists import SAMPLE, TOPK, RunningLists, SiteLists, pack_site
@@ -487,6 +487,10 @@ class Worker:
             self._store.refresh_commits()
         self._under_way.remove(work)
         work.leave.close()
+        # What a segment needed would add up with what the next ones need.
+        del work, found, arrays, lists
+        self._store.tokens_tables.forget()
+        give_back()
         if needs_compaction(self._store, self._compact_every):
             compact(self._store, only_prefix=True)
 

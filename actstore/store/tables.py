@@ -104,6 +104,11 @@ class _GroupReader:
             self._groups.move_to_end(key)
             return self._groups[key]
 
+    def forget(self) -> None:
+        """Let the row groups go that were kept for what is asked next."""
+        with self._lock:
+            self._groups.clear()
+
 
 class TokenTables(_GroupReader):
     """The token index of a store, read by row_id."""
