@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from actstore.capturing import Estimate, Replayed, Replayer, Timing, Verification
     from actstore.decompose import Loader
+    from actstore.exporting import Shown
     from actstore.query import Answer, Top
     from actstore.view import Factors, Similarity
 
@@ -364,6 +365,174 @@ class Store(CoreStore):
         n_bytes = parse_budget(budget)
         return self._replayer(model, tokenizer, device).replay(rows, sites, n_bytes)
 
+    def export_neuron(
+        self,
+        site: str | Site,
+        neuron: int,
+        to: str | Path,
+        *,
+        form: str = "neuronpedia",
+        k: int = 20,
+        n_bins: int = 10,
+        n_each: int = 2,
+        n_random: int = 20,
+        before: int = 32,
+        after: int = 32,
+        replay: bool = False,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: str = "auto",
+        budget: int | str | None = None,
+    ) -> Path:
+        """Write a neuron's statistics and exemplars in context as one JSON file.
+
+        Parameters
+        ----------
+        site : str or Site
+            Such as ``"mlp_post.5"``.
+        neuron : int
+            Column of the site.
+        to : str or Path
+            A new ``.json`` file.
+        form : {"neuronpedia", "neuron-record"}
+            The fields of Neuronpedia, or the ``NeuronRecord`` of automated-interpretability.
+        k : int, default 20
+            Rows with the highest values, one of a window; the index has up to 100.
+        n_bins, n_each : int, default 10 and 2
+            Quantile bins of a uniform sample of rows, and rows of each.
+        n_random : int, default 20
+            Rows drawn uniformly.
+        before, after : int, default 32
+            Content rows around each of them, as far as its window reaches.
+        replay : bool
+            Compute the values around rows again where they are not stored; else they are null.
+        model, tokenizer, device, budget
+            As for `replay`.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        SiteNotFound, NeuronNotFound
+            If there is no such site or neuron.
+        ResultExists
+            If there is something at `to`.
+        ArgumentError
+            If the store has no index, or `form` needs values that are not known.
+
+        See Also
+        --------
+        actstore.exporting.feature : the fields, and where they are from.
+        """
+        from actstore.exporting import check_form, neuron_feature, new_json
+
+        check_form(form)
+        path = new_json(to)
+        computed = None
+        if replay:
+
+            def computed(row_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+                options = {"model": model, "tokenizer": tokenizer, "device": device}
+                return self.replay(row_ids, site, budget=budget, **options)[self.site(site).site]
+
+        shown = _shown(k, n_bins, n_each, n_random, before, after)
+        return neuron_feature(self, site, neuron, shown, replay=computed).write(path, form)
+
+    def export_factor(
+        self,
+        factor: int,
+        to: str | Path,
+        *,
+        name: str | None = None,
+        form: str = "neuronpedia",
+        k: int = 20,
+        n_bins: int = 10,
+        n_each: int = 2,
+        n_random: int = 20,
+        before: int = 32,
+        after: int = 32,
+    ) -> Path:
+        """Write a factor's statistics and exemplars in context as one JSON file.
+
+        One pass over the scores.  Parameters as for `export_neuron`, and
+
+        Parameters
+        ----------
+        factor : int
+            Number of the factor, from 0.
+        to : str or Path
+            A new ``.json`` file.
+        name : str, optional
+            Name of the decomposition; default the newest.
+        form, k, n_bins, n_each, n_random, before, after
+            As for `export_neuron`.
+
+        Raises
+        ------
+        ResultNotFound
+            If there are no factors.
+        ResultExists
+            If there is something at `to`.
+        ArgumentError
+            If there is no such factor.
+        """
+        from actstore.exporting import check_form, factor_feature, new_json
+
+        check_form(form)
+        path = new_json(to)
+        shown = _shown(k, n_bins, n_each, n_random, before, after)
+        return factor_feature(self.factors(name), factor, shown).write(path, form)
+
+    def export_slice(
+        self,
+        to: str | Path,
+        sites: Sites = None,
+        *,
+        rows: str | npt.ArrayLike = "content",
+        budget: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Path:
+        """Write rows of some sites as one ``.parquet`` or ``.safetensors`` file, in row order.
+
+        Parameters
+        ----------
+        to : str or Path
+            A new file.
+        sites : str, Site or iterable, optional
+            Sites of one space, or patterns; default all.
+        rows : str or sequence of int, default "content"
+            ``"content"``, ``"all"``, an SQL condition on tokens and documents, or row ids.  Of a
+            rule those are written that are stored at all sites; row ids must be.
+        budget : int or str, optional
+            Peak memory.
+        progress : callable, optional
+            ``progress(stage, done, total)``.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        See Also
+        --------
+        actstore.exporting.slice : the columns and tensors, errors.
+        Store.shuffle : rows in random order, as Zarr.
+        """
+        from actstore.exporting import export_slice
+        from actstore.store.rows import as_row_ids
+
+        infos = self.select(sites)
+        if isinstance(rows, str):
+            chosen = self.rows_stored(self._rows(rows), infos)
+        else:
+            ids = as_row_ids(rows)
+            chosen = Rows.from_row_ids(f"{len(ids)} row ids", self.meta.segment_rows, ids)
+        names = [info.site for info in infos]
+        return export_slice(self, names, chosen, to, budget=budget, progress=progress)
+
     def verify(
         self,
         n_rows: int = 1000,
@@ -486,6 +655,19 @@ class _Alive:
 
     def __reduce__(self) -> tuple[type[_Alive], tuple[()]]:
         return _Alive, ()
+
+
+def _shown(k: int, n_bins: int, n_each: int, n_random: int, before: int, after: int) -> Shown:
+    from actstore.exporting import Shown
+
+    return Shown(
+        as_count("k", k, 0),
+        as_count("n_bins", n_bins, 1),
+        as_count("n_each", n_each, 1),
+        as_count("n_random", n_random, 0),
+        as_count("before", before, 0),
+        as_count("after", after, 0),
+    )
 
 
 def _delayed(function: Any) -> Any:

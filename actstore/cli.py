@@ -448,21 +448,74 @@ def shuffle(store: Path, sites: tuple[str, ...], to: Path, **options: Any) -> No
     click.echo(made)
 
 
-@main.command(epilog=example("actstore export actstore-demo/store factors --to factors.html"))
+@main.command(
+    epilog="""\b
+What and where to:
+  factors, similarity    a view: x.html, or a notebook x.ipynb
+  neuron SITE NEURON     statistics and exemplars in context: x.json
+  factor FACTOR          the same of a factor: x.json
+  slice                  activations of rows: x.parquet or x.safetensors
+
+"""
+    + example("actstore export actstore-demo/store neuron mlp_post.5 77 --to 77.json")
+)
 @click.argument("store", type=click.Path(path_type=Path))
-@click.argument("what", type=click.Choice(["factors", "similarity"]))
-@click.option("--to", required=True, type=click.Path(path_type=Path), help="x.html or x.ipynb.")
+@click.argument("what", type=click.Choice(["factors", "similarity", "neuron", "factor", "slice"]))
+@click.argument("which", nargs=-1, metavar="[SITE NEURON | FACTOR]")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="A new file.")
 @click.option("--name", help="Name of the result; default the newest.")
-def export(store: Path, what: str, to: Path, name: str | None) -> None:
-    """Write a view of STORE as a page or a notebook that needs no network."""
+@click.option("--form", type=click.Choice(["neuronpedia", "neuron-record"]), help="Of the JSON.")
+@click.option("-k", type=int, help="Rows with the highest values.")
+@click.option("--before", type=int, help="Content rows before each row.")
+@click.option("--after", type=int, help="Content rows after each row.")
+@click.option("--replay", is_flag=True, help="Compute values that are not stored again.")
+@click.option("--model", help="The model of STORE, if its name does not lead there.")
+@click.option("--sites", multiple=True, help="Sites or patterns; default all.")
+@click.option("--rows", help="content, all, row ids such as 5,6,7, or an SQL condition on tokens.")
+@budget_option
+def export(store: Path, what: str, which: tuple[str, ...], to: Path, **options: Any) -> None:
+    """Write a part of STORE for other tools, or a view of it that needs no network."""
     import actstore
 
+    given = {key: value for key, value in options.items() if value not in (None, False, ())}
+    allowed, n_arguments, suffixes = _EXPORTS[what]
+    if unknown := sorted(given.keys() - set(allowed)):
+        raise click.UsageError(f"{what} takes no --{unknown[0]}")
+    if len(which) != n_arguments:
+        raise click.UsageError(f"{what} takes {n_arguments} arguments, not {len(which)}")
+    if to.suffix not in suffixes:
+        raise click.UsageError(f"--to {to} must end in {' or '.join(suffixes)}")
     opened = actstore.open(store)
-    result: Any = opened.factors(name) if what == "factors" else opened.similarity_result(name)
-    if to.suffix == ".ipynb":
-        result.to_notebook(to)
-    elif to.suffix == ".html":
-        result.to_html(to)
+    if what == "neuron":
+        opened.export_neuron(which[0], _whole(which[1]), to, **given)
+    elif what == "factor":
+        opened.export_factor(_whole(which[0]), to, **given)
+    elif what == "slice":
+        rows = given.pop("rows", "content")
+        if all(part.strip().isdecimal() for part in rows.split(",")):
+            rows = [int(part) for part in rows.split(",")]
+        with Bars() as progress:
+            opened.export_slice(to, given.pop("sites", None), rows=rows, progress=progress, **given)
     else:
-        raise click.UsageError(f"--to {to} must end in .html or .ipynb")
+        of = opened.factors if what == "factors" else opened.similarity_result
+        view: Any = of(given.get("name"))
+        (view.to_notebook if to.suffix == ".ipynb" else view.to_html)(to)
     click.echo(to)
+
+
+_FEATURE = ("form", "k", "before", "after")
+_EXPORTS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
+    "factors": (("name",), 0, (".html", ".ipynb")),
+    "similarity": (("name",), 0, (".html", ".ipynb")),
+    "neuron": ((*_FEATURE, "replay", "model", "budget"), 2, (".json",)),
+    "factor": ((*_FEATURE, "name"), 1, (".json",)),
+    "slice": (("sites", "rows", "budget"), 0, (".parquet", ".safetensors")),
+}
+"""What can be exported: its options, its arguments, and the files it is written as."""
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise click.UsageError(f"{text!r} is not a whole number") from None

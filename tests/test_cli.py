@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -52,6 +53,40 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
     (info,) = lines(run("info", store))
     assert info["results"] == ["nmf/two", "similarity/similarity-1"]
     run("finish", store)
+
+
+def test_export_writes_what_the_library_writes(run, tmp_path, small_store):
+    """`export` writes neurons and factors as JSON and rows as Parquet or safetensors."""
+    store = small_store.path
+    run("export", store, "neuron", "mlp_post.1", 7, "--to", tmp_path / "7.json", "-k", 3)
+    small_store.export_neuron("mlp_post.1", 7, tmp_path / "same.json", k=3)
+    assert (tmp_path / "7.json").read_bytes() == (tmp_path / "same.json").read_bytes()
+
+    run("export", store, "factor", 1, "--name", "first", "--to", tmp_path / "1.json")
+    assert json.loads((tmp_path / "1.json").read_bytes())["layer"] == "nmf-first"
+
+    rows = small_store["mlp_post.1"].row_ids()[3:6]
+    ids = ",".join(map(str, rows))
+    to = tmp_path / "x.parquet"
+    said = run("export", store, "slice", "--rows", ids, "--sites", "mlp_post", "--to", to).stdout
+    assert said.strip() == str(to)
+    assert pq.read_table(to).column("row_id").to_pylist() == rows.tolist()
+    run("export", store, "slice", "--rows", "position < 3", "--to", tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["neuron", "mlp_post.1", "--to", "x.json"],
+        ["neuron", "mlp_post.1", "seven", "--to", "x.json"],
+        ["neuron", "mlp_post.1", "7", "--to", "x.parquet"],
+        ["factors", "--to", "x.html", "--rows", "all"],
+        ["slice", "--to", "x.json"],
+    ],
+)
+def test_exports_that_make_no_sense_are_usage(run, small_store, words):
+    """Arguments, options and files that do not belong to what is exported exit 2."""
+    assert "Usage" in run("export", small_store.path, *words, code=2).stderr
 
 
 def test_dry_run_writes_nothing(run, tmp_path, model_folder, texts_folder):

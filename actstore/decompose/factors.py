@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -169,6 +170,14 @@ class Factors:
         if name not in known:
             raise ArgumentError(f"table = {name!r} is unknown; expected one of {', '.join(known)}.")
         return self.result.table(name)
+
+    def to_arrow(self) -> pa.Table:
+        """Return the table ``factors``: one row a factor, largest first."""
+        return self.table("factors")
+
+    def df(self) -> pd.DataFrame:
+        """Return the table ``factors`` as a pandas DataFrame."""
+        return self.to_arrow().to_pandas()
 
     def top_neurons(self, factor: int, k: int = 20) -> pa.Table:
         """Return the neurons with a factor's largest loadings, as in the table ``loadings``."""

@@ -48,6 +48,12 @@ def test_scores_come_in_the_order_asked_for(store, factors):
     )
 
 
+def test_factors_are_a_table(factors):
+    """Arrow and pandas give one row a factor."""
+    assert factors.to_arrow().column("factor").to_pylist() == [0, 1, 2]
+    assert factors.df()["share"].tolist() == factors.table("factors")["share"].to_pylist()
+
+
 def test_top_neurons_equal_a_sort(factors):
     """The largest loadings come first, with site and neuron."""
     table = factors.top_neurons(1, 5).to_pylist()
