@@ -187,13 +187,13 @@ def test_neuron_records_have_the_fields_of_automated_interpretability(toy_store,
     assert record["neuron_id"]["neuron_index"] == 7
     assert len(record["random_sample_by_quantile"]) == len(record["quantile_boundaries"]) + 1 == 10
     activations = groups(feature.neuronpedia())
-    for of, records in (
+    for group, records in (
         ("top", record["most_positive_activation_records"]),
         ("random", record["random_sample"]),
         ("quantile", [r for of in record["random_sample_by_quantile"] for r in of]),
     ):
         assert [(r["tokens"], r["activations"]) for r in records] == [
-            (a["tokens"], a["values"]) for a in activations[of]
+            (a["tokens"], a["values"]) for a in activations[group]
         ]
 
 
