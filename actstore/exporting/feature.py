@@ -257,7 +257,7 @@ class Feature:
             "neuron_id": {
                 "dataclass_name": "NeuronId",
                 "layer_index": self._facts["layer"],
-                "neuron_index": self._identity["index"],
+                "neuron_index": int(self._identity["index"]),
             },
             "random_sample": [record for _, record in groups["random"]],
             "random_sample_by_quantile": list(by_bin.values()),
@@ -347,7 +347,7 @@ def neuron_feature(
     identity = {
         "modelId": store.meta.model["name"],
         "layer": str(info.site),
-        "index": neuron,
+        "index": str(neuron),  # a string there
         "hookName": _hook_name(info.site),
     }
     facts = {
@@ -479,7 +479,7 @@ def factor_feature(factors: Factors, factor: int, shown: Shown | None = None) ->
     identity = {
         "modelId": store.meta.model["name"],
         "layer": name,
-        "index": factor,
+        "index": str(factor),
         "hookName": None,
     }
     facts = {

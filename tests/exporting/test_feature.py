@@ -35,7 +35,7 @@ def test_values_are_those_of_the_store(toy_store, site, neuron):
     document = neuron_feature(store, site, neuron).neuronpedia()
 
     assert document["actstore"]["complete"]
-    assert (document["layer"], document["index"]) == (site, neuron)
+    assert (document["layer"], document["index"]) == (site, str(neuron))
     for activation in document["activations"]:
         values = activation["values"]
         stored = store[site][activation["actstore"]["row_ids"]][:, neuron].astype(np.float64)
