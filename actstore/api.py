@@ -525,7 +525,9 @@ class Store(CoreStore):
         from actstore.store.rows import as_row_ids
 
         infos = self.select(sites)
-        if isinstance(rows, str):
+        if isinstance(rows, str) and rows in ("content", "all"):
+            chosen = self.rows_stored(self.rows(rows, infos[0].site.space), infos)
+        elif isinstance(rows, str):
             chosen = self.rows_stored(self._rows(rows), infos)
         else:
             ids = as_row_ids(rows)

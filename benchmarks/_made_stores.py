@@ -338,15 +338,18 @@ class MadeStore:
 
     def states_of_rows(self, info: SiteInfo) -> dict[str, Any]:
         """Return the states of the stored rows of a site: one pass, columns in memory."""
-        values = np.concatenate(
-            [self.core.read(info, s, 0, self.rows) for s in range(self.n_segments)]
-        )
+        values = np.empty((self.n_rows, info.width), np.float16)
+        for segment in range(self.n_segments):
+            part = values[segment * self.rows : (segment + 1) * self.rows]
+            self.core.read(info, segment, 0, self.rows, out=part)
         content = np.flatnonzero(np.arange(len(values)) % self.context)
         bands = values.reshape(-1, CHUNK_ROWS, info.width)
         usable = (np.arange(CHUNK_ROWS) % self.context) != 0
-        extremes = np.stack(
-            [np.stack([band[usable].min(0), band[usable].max(0)]) for band in bands]
-        ).astype(np.float32)
+        extremes = np.empty((len(bands), 2, info.width), np.float32)
+        for band, (low, high) in zip(bands, extremes, strict=True):
+            usable_values = band[usable].astype(np.float32)
+            usable_values.min(0, out=low)
+            usable_values.max(0, out=high)
         starts = np.arange(len(bands)) * CHUNK_ROWS
         some = np.sort(np.random.default_rng(0).choice(content, 512, replace=False))
         sampled = SampleState(self._row_ids(some), values[some])

@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 import actstore
+from actstore.query import context
 from benchmarks._inputs import MODELS, SPEECHES, installed
 from benchmarks._made_stores import MadeStore, jittered
 
@@ -136,7 +137,7 @@ def ask_index(report: Report, folder: Path, n_segments: int, width: int, n: int)
     made = MadeStore(folder / "index", n_segments, sites, keep=0.0)
     made.commit_nothing_kept()
     made.publish_index(made.made_up_states)
-    path, title = made.core.path, f"{made.n_rows / 1e6:,.0f} M rows x {12 * width:,}"
+    path, title = made.core.path, f"{made.n_rows / 1e6:,.1f} M rows x {12 * width:,}"
     n_rows, rng = made.n_rows, np.random.default_rng(1)
     del made
     store = actstore.open(path)
@@ -146,7 +147,7 @@ def ask_index(report: Report, folder: Path, n_segments: int, width: int, n: int)
 
     for site in sites:
         store.top(site, 0, before=0, after=0)  # verified
-    long = f"{min(n_rows, 1 << 20) / 1e6:,.0f} M rows x 16, DuckDB long"
+    long = f"{min(n_rows, 1 << 20) / 1e6:,.1f} M rows x 16, DuckDB long"
     beside = timed(_long_format(folder, min(n_rows, 1 << 20), 16), 3)
     lists = "SELECT row_id, value FROM top_tokens($site, $neuron, 20)"
 
@@ -235,6 +236,7 @@ def ask_rows(report: Report, folder: Path, n_segments: int, real_rows: int, n: i
         ours: list[float] = []
         theirs: list[float] = []
         scans: list[float] = []
+        texts: list[float] = []
         for counted, neuron in [(False, neurons[0])] + [(True, neuron) for neuron in neurons]:
             started = time.perf_counter()
             top = store.top(info.site, neuron, k, before=0, after=0)
@@ -244,6 +246,8 @@ def ask_rows(report: Report, folder: Path, n_segments: int, real_rows: int, n: i
             expected = brute(neuron, k)
             scanned = time.perf_counter()
             table = top.to_arrow()
+            context.snippets(store, table["row_id"].to_numpy(), 0, 0)
+            texts.append(time.perf_counter() - scanned)
             pairs = zip(table["row_id"].to_pylist(), table["value"].to_pylist(), strict=True)
             assert list(pairs) == expected, f"neuron {neuron}, k = {k}"
             if counted:
@@ -255,6 +259,7 @@ def ask_rows(report: Report, folder: Path, n_segments: int, real_rows: int, n: i
         found = statistics.median(ours)
         report.add(title, question, found, bar, "reading the column", statistics.median(theirs))
         report.add("", "", found, "", "brute force", statistics.median(scans))
+        report.add("", "", found, "", "the tokens of the rows alone", statistics.median(texts))
     part = min(16, n_segments)
     times = in_turn(
         {

@@ -151,3 +151,15 @@ def test_somebody_else_may_be_first(store, tmp_path, monkeypatch):
         store.export_slice(path, progress=lambda *_: path.write_text("theirs"))
     assert path.read_text() == "theirs"
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_sites_of_two_spaces_are_refused(tmp_path):
+    """Each space has rows of its own: one is exported, two are not."""
+    values = {f"{space}.mlp_post.0": np.ones((200, 5)) for space in ("encoder", "decoder")}
+    synthetic_store(tmp_path / "store", values)
+    store = actstore.open(tmp_path / "store")
+
+    path = store.export_slice(tmp_path / "x.parquet", "decoder.mlp_post", rows="all")
+    assert pq.read_table(path).num_rows == 200
+    with pytest.raises(ArgumentError, match="do not share rows"):
+        store.export_slice(tmp_path / "y.parquet")
