@@ -21,11 +21,12 @@ from actstore.store.info import Info, info
 
 if TYPE_CHECKING:
     import dask.array
+    import duckdb
 
     from actstore.capturing import Estimate, Replayed, Replayer, Timing, Verification
     from actstore.decompose import Loader
     from actstore.exporting import Shown
-    from actstore.query import Answer, Top
+    from actstore.query import Activations, Answer, Top
     from actstore.view import Factors, Similarity
 
 Sites = str | Site | Iterable[str | Site] | None
@@ -84,9 +85,10 @@ class Store(CoreStore):
         Parameters
         ----------
         query : str
-            One SELECT, or EXPLAIN of one, over the views documents, tokens, vocabulary, sites,
-            neurons, exemplars, factors, factor_sites, loadings, factor_exemplars, similarity and
-            results.
+            One SELECT, or EXPLAIN, DESCRIBE or SUMMARIZE of one, over the views documents, tokens,
+            vocabulary, sites, neurons, histograms, exemplars, factors, factor_sites, loadings,
+            factor_exemplars, similarity and results, and the tables ``top_tokens(site, neuron)``,
+            ``activations(site, neuron)`` and ``means(site, key)``.
         **params
             Values for ``$name`` in the query.
 
@@ -99,9 +101,60 @@ class Store(CoreStore):
         ------
         QueryError
             If it is not one SELECT, or DuckDB refuses it.
+
+        See Also
+        --------
+        connect : a DuckDB connection of your own.
         """
         answer: Answer = self._database.sql(query, **params)
         return answer
+
+    def connect(self) -> duckdb.DuckDBPyConnection:
+        """Return a DuckDB connection of your own, with the views of the store and no lock on it.
+
+        What `sql` refuses it does: COPY, ATTACH, SET, further files.  It sees what is published
+        now; all files behind its views are read once, to compare their checksums.  Close it.
+
+        Examples
+        --------
+        >>> with store.connect() as connection:
+        ...     connection.execute("CREATE TABLE loud AS FROM neurons WHERE max > 9")
+        """
+        connection: duckdb.DuckDBPyConnection = self._database.connect()
+        return connection
+
+    def activations(self, site: str | Site, neuron: int, rows: str = "content") -> Activations:
+        """Return a neuron's column, to be read when somebody asks: row_id and value.
+
+        It is an Arrow stream for whoever takes one (DuckDB, Polars, pyarrow), read a segment at a
+        time, again for each reader: 2 to 4 bytes a row.  In SQL it is
+        ``activations('mlp_post.5', 77)``.
+
+        Parameters
+        ----------
+        site : str or Site
+            Such as ``"mlp_post.5"``.
+        neuron : int
+            Column of the site.
+        rows : str
+            ``"content"``, ``"all"``, or an SQL condition on tokens and documents; of these, the
+            rows that are stored.
+
+        Returns
+        -------
+        Activations
+            ``.to_arrow()``, ``.df()``, ``len``.
+
+        Raises
+        ------
+        SiteNotFound, NeuronNotFound
+            If there is no such site or neuron.
+        RowNotFound
+            If no rows of the site are stored.
+        """
+        from actstore.query import Activations
+
+        return Activations(self, site, neuron, self._rows(rows, self.site(site).site.space))
 
     @property
     def _database(self) -> Any:
@@ -594,10 +647,11 @@ class Store(CoreStore):
             self.__dict__["_kept_replayer"] = kept
         return kept[1]
 
-    def _rows(self, rule: str) -> Rows:
+    def _rows(self, rule: str, space: str | None = None) -> Rows:
         """Return the rows of a rule: ``"content"``, ``"all"``, or an SQL condition on tokens."""
         if rule in ("content", "all"):
-            return self.rows(rule)
+            return self.rows(rule, space)
+        space = self.meta.spaces[0] if space is None else space
         # Of documents only what tokens do not have: `text` is then the token's.
         source = (
             "FROM tokens JOIN (SELECT document, source, n_tokens, metadata FROM documents) "
@@ -605,7 +659,8 @@ class Store(CoreStore):
         )
         # Alone first: a condition that closes our bracket would choose other rows than it says.
         self.sql(f"SELECT row_id {source} {rule}\nLIMIT 0")
-        found = self.sql(f"SELECT row_id {source} NOT special AND NOT first AND ({rule}\n)")
+        content = f"space = '{space}' AND NOT special AND NOT first"
+        found = self.sql(f"SELECT row_id {source} {content} AND ({rule}\n)")
         ids = found.to_arrow().column("row_id").to_numpy()
         if not len(ids):
             raise ArgumentError(

@@ -6,12 +6,14 @@ error in one line; a traceback only with ``--debug``.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ def _jsonable(value: Any) -> Any:
     """Return a value as JSON knows it: no NaN, no bytes."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, list):
@@ -50,6 +54,25 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}
     return value
+
+
+def _escaped(text: str) -> str:
+    """Return JSON in which no character acts on a terminal or ends a line: the same data."""
+    from actstore.query import is_hidden
+
+    if text.isprintable():
+        return text
+    signs = {"\x7f": "\\u007f"}  # the one that JSON leaves as it is
+    return "".join(signs.get(c) or json.dumps(c).strip('"') if is_hidden(c) else c for c in text)
+
+
+def _cell(value: Any, terminal: bool) -> Any:
+    """Return a value as CSV holds it; what is only looked at must not act on the terminal."""
+    from actstore.query import visible
+
+    if isinstance(value, (list, dict)):
+        value = json.dumps(_jsonable(value), ensure_ascii=False, default=str)
+    return visible(value) if terminal and isinstance(value, str) else value
 
 
 class _Commands(click.Group):
@@ -103,7 +126,7 @@ def format_option(command: Command) -> Command:
     return click.option(
         "--format",
         "form",
-        type=click.Choice(["table", "json", "csv"]),
+        type=click.Choice(["table", "json", "csv", "parquet"]),
         help="How to print; default a table to a terminal, JSON lines to a pipe.",
     )(command)
 
@@ -134,15 +157,27 @@ def capture_options(command: Command) -> Command:
 
 
 def echo(answer: Any, form: str | None) -> None:
-    """Print a table: `Answer` or Arrow."""
-    form = form or ("table" if sys.stdout.isatty() else "json")
+    """Print an `Answer`."""
+    terminal = sys.stdout.isatty()
+    form = form or ("table" if terminal else "json")
     if form == "table":
         click.echo(str(answer))
     elif form == "json":
         for row in answer:
-            click.echo(json.dumps(_jsonable(row), ensure_ascii=False, default=str))
+            click.echo(_escaped(json.dumps(_jsonable(row), ensure_ascii=False, default=str)))
+    elif form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        for row in (answer.columns, *answer.rows()):
+            writer.writerow([_cell(value, terminal) for value in row])
+    elif terminal:
+        raise click.UsageError(
+            "--format parquet writes bytes that are not for a terminal; send them to a file: "
+            "> answer.parquet"
+        )
     else:
-        click.echo(answer.df().to_csv(index=False), nl=False)
+        from pyarrow import parquet
+
+        parquet.write_table(answer.to_arrow(), sys.stdout.buffer)
 
 
 class Bars:
@@ -363,7 +398,10 @@ def verify(store: Path, rows: int, form: str | None, **options: Any) -> None:
 @click.argument("query")
 @format_option
 def sql(store: Path, query: str, form: str | None) -> None:
-    """Answer QUERY, one SELECT over the views of STORE."""
+    """Answer QUERY, one SELECT over the views of STORE.
+
+    What views and columns there are: SHOW TABLES, DESCRIBE neurons.
+    """
     import actstore
 
     echo(actstore.open(store).sql(query), form)

@@ -1,6 +1,7 @@
 """Questions to a store: SQL over its tables, the strongest rows of a neuron, text around rows."""
 
-from actstore.query.answer import Answer, visible
+from actstore.query.answer import Answer, is_hidden, visible
+from actstore.query.columns import Activations
 from actstore.query.context import Snippet, snippets
 from actstore.query.database import Database
 from actstore.query.schema import MACROS, VIEWS
@@ -9,10 +10,12 @@ from actstore.query.top import Top, top
 __all__ = [
     "MACROS",
     "VIEWS",
+    "Activations",
     "Answer",
     "Database",
     "Snippet",
     "Top",
+    "is_hidden",
     "snippets",
     "top",
     "visible",

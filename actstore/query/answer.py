@@ -13,6 +13,7 @@ import itertools
 import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 _SHOWN_ROWS = 40
+_SHOWN_CHARACTERS = 2000
 _CELL_WIDTHS = (48, 32, 24, 16)  # tried in turn until all columns fit
 _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # controls, formats, private use, separators
@@ -38,7 +40,12 @@ def visible(text: str) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_sign(c) if unicodedata.category(c) in _HIDDEN else c for c in text)
+    return "".join(_sign(c) if is_hidden(c) else c for c in text)
+
+
+def is_hidden(character: str) -> bool:
+    """Return whether a character acts on what shows it, or cannot be seen."""
+    return unicodedata.category(character) in _HIDDEN
 
 
 def _sign(character: str) -> str:
@@ -52,6 +59,19 @@ def _unique(names: list[str]) -> list[str]:
         candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
         found.append(next(c for c in candidates if c not in found))
     return found
+
+
+def _with_integers(table: pa.Table) -> pa.Table:
+    """Return a table whose sums of integers are integers, where they fit into 64 bits.
+
+    DuckDB adds integers in 128 bits, which Arrow and pandas hold as decimal numbers.
+    """
+    for place, kind in enumerate(table.schema.types):
+        if kind == pa.decimal128(38, 0):
+            with suppress(pa.ArrowInvalid):
+                column = table.column(place).cast(pa.int64())
+                table = table.set_column(place, table.column_names[place], column)
+    return table
 
 
 class Answer:
@@ -68,7 +88,7 @@ class Answer:
 
     def __init__(self, table: pa.Table) -> None:
         # Rows are given as dicts, so every column needs a name of its own.
-        self._table = table.rename_columns(_unique(table.column_names))
+        self._table = _with_integers(table.rename_columns(_unique(table.column_names)))
 
     def to_arrow(self) -> pa.Table:
         """Return the answer as an Arrow table."""
@@ -158,7 +178,10 @@ def _plain(value: Any) -> str:
         return "[" + ", ".join(_plain(item) for item in value) + "]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_plain(k)}: {_plain(v)}" for k, v in value.items()) + "}"
-    return visible(str(value))
+    text = str(value)
+    if len(text) > _SHOWN_CHARACTERS:  # more than a cell holds: the ends are enough
+        text = f"{text[: _SHOWN_CHARACTERS // 2]}…{text[-_SHOWN_CHARACTERS // 2 :]}"
+    return visible(text)
 
 
 def _fit(text: str, width: int, name: str) -> str:

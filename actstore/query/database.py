@@ -3,37 +3,37 @@
 Nothing is copied into DuckDB and nothing is loaded that a query does not need.  DuckDB does not
 check what it reads (it returned wrong sums for 391 of 400 flipped bits), so the files behind a view
 are compared with their checksums before DuckDB is let near them, once a process: a connection may
-open the verified files of the views that a query names, and no other file.  A view that was not
-needed yet is a placeholder with the right columns that raises when it is read, so a query that
-reached it some other way would fail rather than answer.
+open the verified files of the views that a query names, and no other file.  Whatever was published
+since the last query changes the `Snapshot`, and with it the connection.
 
-Whatever was published since the last query, a result or a new generation of the index, changes the
-`_Snapshot`, and with it the connection.
+What `activations` and `means` give stands in no file.  The gate finds the calls; the macros look
+for a table of the call's name, and a query finds it among the temporary views of its own cursor.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from actstore.durable import FileFacts
-from actstore.errors import ActstoreError, BudgetExceeded, QueryError
+from actstore.errors import ActstoreError, ArgumentError, BudgetExceeded, QueryError
 from actstore.query.answer import Answer
+from actstore.query.columns import Activations
 from actstore.query.context import snippets
-from actstore.query.gate import admit
-from actstore.query.schema import VIEWS, Column
+from actstore.query.gate import Call, Parameter, Statement, admit
+from actstore.query.means import Means
+from actstore.query.schema import MACROS, VIEWS
+from actstore.query.views import Snapshot, Views, absolute, literal
 from actstore.site import summarize
-from actstore.store import FIRST, GENERATED, SPECIAL, CoreStore, Generation, Result
+from actstore.store import CoreStore
 from actstore.store.budget import parse_budget
+
+_CATALOG = "the catalog"  # among names, that all views are there with what they mean
 
 
 class Database:
@@ -61,9 +61,7 @@ class Database:
         """Return the answer to one SELECT over the views of the store.
 
         Costs what DuckDB reads, plus one checksum of each file behind a view it names, once a
-        process.  The views are `actstore.query.VIEWS`; ``top_tokens(site, neuron, k)`` is a table
-        of the strongest rows in the index, ``snippet(row_id, before, after)`` the text around a
-        row.
+        process.  The views are `actstore.query.VIEWS`, the macros `actstore.query.MACROS`.
 
         Parameters
         ----------
@@ -76,6 +74,8 @@ class Database:
         ------
         QueryError
             If DuckDB refuses the query, or it would do more than read the store.
+        SiteNotFound, NeuronNotFound, RowNotFound, ArgumentError
+            If ``activations`` or ``means`` is asked for what the store does not have.
         DamagedFile
             If a file that the query needs is missing or has changed.
         BudgetExceeded
@@ -84,41 +84,101 @@ class Database:
         statement = admit(query)
         values = {k: v.item() if isinstance(v, np.generic) else v for k, v in params.items()}
         while True:
-            snapshot = _Snapshot.of(self._store)
+            snapshot = Snapshot.of(self._store)
             try:
-                return self._run(snapshot, statement.text, statement.names, values)
+                answer = self._run(snapshot, statement, values)
             except (ActstoreError, OSError):
                 # A capture that goes on may replace the generation of the index under our hands.
-                if _Snapshot.of(self._store) == snapshot:
+                if Snapshot.of(self._store) == snapshot:
                     raise
+            else:
+                if statement.described and not statement.prefix:
+                    return _with_comments(answer, statement.described)
+                return answer
 
-    def _run(
-        self, snapshot: _Snapshot, text: str, names: frozenset[str], values: Mapping[str, Any]
-    ) -> Answer:
-        with self._lock:
-            if (
-                self._open is None
-                or self._open.snapshot != snapshot
-                or not names <= self._open.names
-            ):
-                if self._open is not None and self._open.snapshot == snapshot:
-                    names = names | self._open.names
-                self._open = _Open(self._store, snapshot, names, self._budget // 2)
-            opened = self._open
+    def connect(self) -> duckdb.DuckDBPyConnection:
+        """Return a DuckDB connection of the caller's own, with the views and macros of the store.
+
+        It is not locked: it reads, writes, attaches and installs whatever DuckDB can, within
+        DuckDB's own limits of memory.  All files behind the views are compared with their checksums
+        first; what is published later is not in it.  Of the macros it has `top_tokens` and
+        `snippet`; a column comes in by ``connection.register("column", activations)``.  The caller
+        closes it.
+
+        Raises
+        ------
+        DamagedFile
+            If a file behind a view is missing or has changed.
+        """
+        views = Views(self._store, Snapshot.of(self._store))
+        self._store.verifier.check(views.files(VIEWS))
+        connection = duckdb.connect(":memory:")
+        connection.execute(f"BEGIN; {views.script(VIEWS)} {views.catalog_script(VIEWS)} COMMIT")
+        store = self._store
+        snippet = _SnippetFunction(lambda: store)  # the connection may outlive all else
+        _create_macros(connection, store, snippet, ("top_tokens", "snippet"))
+        return connection
+
+    def _run(self, snapshot: Snapshot, statement: Statement, values: Mapping[str, Any]) -> Answer:
+        opened = self._opened(snapshot, statement)
         cursor = opened.connection.cursor()
+        columns: list[Activations] = []
         try:
-            return Answer(self._read(cursor.sql(text, params=dict(values))))
+            means = []
+            for call in statement.calls:
+                name, arguments = _resolved(call, values)
+                if call.macro == "activations":
+                    columns.append(self._activations(*arguments))
+                    cursor.register(name, columns[-1])
+                else:
+                    means.append((name, self._means(*arguments)))
+                    cursor.register(name, means[-1][1].schema.empty_table())
+            if means:
+                # A pass is made for a query that can run, and for none that only explains itself.
+                cursor.execute(f"EXPLAIN {statement.text}", dict(values) or None)
+                if not statement.prefix or "ANALYZE" in statement.prefix.upper():
+                    for name, table in means:
+                        cursor.register(name, table.table())
+            query = statement.prefix + statement.text
+            return Answer(self._read(cursor.sql(query, params=dict(values))))
         except duckdb.OutOfMemoryException:
             raise BudgetExceeded(
                 f"the query does not fit into half of the budget of {self._budget:,} bytes on "
                 f"{self._store.path}. Ask for less (WHERE, LIMIT), or give a larger budget=."
             ) from None
         except duckdb.Error as error:
-            if opened.snippet.failures:
-                raise opened.snippet.failures.pop() from None
+            for failures in (opened.snippet.failures, *(column.failures for column in columns)):
+                if failures:
+                    raise failures.pop() from None
             raise QueryError(str(error)) from None
         finally:
             cursor.close()
+
+    def _opened(self, snapshot: Snapshot, statement: Statement) -> _Open:
+        """Return a connection that has what a statement needs."""
+        names = statement.names | ({_CATALOG} if statement.reads_catalog else frozenset())
+        with self._lock:
+            kept = self._open
+            if kept is None or kept.snapshot != snapshot or not names <= kept.names:
+                if kept is not None and kept.snapshot == snapshot:
+                    names = names | kept.names
+                self._open = kept = _Open(self._store, snapshot, names, self._budget // 2)
+            return kept
+
+    def _activations(self, site: str, neuron: int, rows: str = "content") -> Activations:
+        if rows not in ("content", "all"):
+            raise ArgumentError(
+                f"rows = {rows!r} of activations; expected 'content' or 'all'. To choose among "
+                "them, join with tokens and say WHERE."
+            )
+        space = self._store.site(site).site.space
+        return Activations(self._store, site, neuron, self._store.rows(rows, space))
+
+    def _means(self, site: str, key: str, rows: str = "content") -> Means:
+        def ask(query: str) -> pa.Table:
+            return self.sql(query).to_arrow()
+
+        return Means(self._store, ask, site, key, rows, self._budget // 2)
 
     def _read(self, relation: duckdb.DuckDBPyRelation) -> pa.Table:
         reader = pa.RecordBatchReader.from_stream(relation)
@@ -142,60 +202,55 @@ class Database:
         return pa.Table.from_batches(batches, schema=reader.schema)
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    """What of a store is published; two that are equal have the same files behind every view."""
+def _resolved(call: Call, values: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """Return the name under which a macro looks for the table of a call, and its arguments."""
+    macro = MACROS[call.macro]
+    given = dict(call.arguments)
+    arguments: list[Any] = []
+    for parameter in macro.constant:
+        value = given.get(parameter, "content")
+        if isinstance(value, Parameter):
+            if value.name not in values:
+                raise QueryError(
+                    f"${value.name} of {call.macro} has no value; expected a keyword argument: "
+                    f"store.sql(…, {value.name}=…)."
+                )
+            value = values[value.name]
+        expected = int if parameter == "neuron" else str
+        if not isinstance(value, expected) or isinstance(value, bool):
+            what = "a whole number" if expected is int else "a text"
+            raise ArgumentError(
+                f"{parameter} = {value!r} of {call.macro}; expected {what}: {macro.call}."
+            )
+        arguments.append(value)
+    return f"{call.macro}({', '.join(map(str, arguments))})", arguments
 
-    committed: tuple[int, ...]
-    n_parts: int
-    generation: int | None
-    results: tuple[tuple[str, str, str], ...]
-    index: Generation | None = field(compare=False)
-    found: tuple[Result, ...] = field(compare=False)
 
-    @classmethod
-    def of(cls, store: CoreStore) -> _Snapshot:
-        index = store.index()  # first: it refreshes a store that it is newer than
-        found = tuple(store.results())
-        return cls(
-            tuple(store.committed),
-            len(store.parts),
-            index.number if index else None,
-            tuple((r.kind, r.name, str(r.document["created"])) for r in found),
-            index,
-            found,
+def _with_comments(answer: Answer, view: str) -> Answer:
+    """Return the columns of a view with what they mean."""
+    comments = {column.name: column.comment for column in VIEWS[view].columns}
+    table = answer.to_arrow().select(["column_name", "column_type"])
+    names = table.column("column_name").to_pylist()
+    return Answer(
+        table.append_column(
+            "comment", pa.array([comments.get(name) for name in names], pa.string())
         )
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Parquet files of one shape behind a view, read by one scan."""
-
-    files: Mapping[str, FileFacts]
-    """The files by path inside the store."""
-    derived: Mapping[str, str] = field(default_factory=dict)
-    """Columns that are not in the files, as SQL."""
-    where: str = ""
-    """Condition on its rows."""
-    joins: str = ""
-    """Further tables that `derived` names; the files are ``t``."""
-    hidden: frozenset[str] = frozenset()
-    """Columns of the files that the view does not show."""
-    may_hold_nan: bool = False
-    """Whether a number can be NaN, which the view shows as NULL.  Parquet's statistics leave NaN
-    out, and DuckDB believes them unless it is told."""
+    )
 
 
 class _Open:
     """A locked connection that may read the verified files of some views, and nothing else."""
 
     def __init__(
-        self, store: CoreStore, snapshot: _Snapshot, names: frozenset[str], memory_bytes: int
+        self, store: CoreStore, snapshot: Snapshot, names: Collection[str], memory_bytes: int
     ) -> None:
         self.snapshot = snapshot
-        self.names = names
-        self.snippet = _SnippetFunction(store)
-        self._store = store
+        self.names = frozenset(names)
+        # Weakly: DuckDB's reference to the function is one that Python's collector cannot see.
+        self.snippet = _SnippetFunction(weakref.ref(store))
+        views = Views(store, snapshot)
+        files = views.files(names)
+        store.verifier.check(files)
         self.connection = duckdb.connect(
             ":memory:",
             config={
@@ -209,79 +264,78 @@ class _Open:
         # DuckDB's Python binding complains on stderr of a connection alive at exit that holds a
         # Python function, as `snippet` is one.
         weakref.finalize(self, self.connection.close)
-        allowed: list[str] = []
-        definitions = {}
-        for name in VIEWS:
-            sources = _sources(store, snapshot, name)
-            if name in names:
-                for source in sources:
-                    store.verifier.check(source.files)
-                    allowed += [_absolute(store, file) for file in source.files]
-            definitions[name] = self._definition(name, sources, name in names)
+        allowed = ", ".join(literal(absolute(store, file)) for file in files)
+        script = views.script(names)
+        if _CATALOG in names:
+            script += views.catalog_script(names)
         self.connection.execute(
-            f"SET allowed_paths = [{', '.join(map(_literal, allowed))}]; "
-            "SET enable_external_access = false"
+            f"SET allowed_paths = [{allowed}]; SET enable_external_access = false; "
+            f"BEGIN; {script} COMMIT"
         )
-        script = [_create_view(name, select) for name, select in definitions.items()]
-        self.connection.execute(f"BEGIN; {' '.join(script)} COMMIT")
-        self._create_macros("snippet" in names)
+        macros = MACROS if _CATALOG in names else names
+        _create_macros(self.connection, store, self.snippet, macros)
         self.connection.execute("SET lock_configuration = true")
 
-    def _definition(self, name: str, sources: list[_Source], needed: bool) -> str:
-        if name == "sites":
-            return _inline(VIEWS[name].columns, _site_rows(self._store))
-        if name == "results":
-            return _inline(VIEWS[name].columns, _result_rows(self.snapshot.found))
-        if not sources:
-            return _inline(VIEWS[name].columns, [])
-        if not needed:
-            empty = _inline(VIEWS[name].columns, [])
-            return f"{empty} OR error('the files of the view {name} were not verified')::BOOLEAN"
-        return _union(self._store, VIEWS[name].columns, sources)
 
-    def _create_macros(self, with_snippet: bool) -> None:
-        sites = ", ".join(_literal(str(site)) for site in self._store.sites)
-        known = summarize(self._store.sites)
-        unknown = _literal(f" is not in {self._store.path}; it has {known}.")
-        self.connection.execute(
-            f"""CREATE MACRO top_tokens(site, neuron, k := 20) AS TABLE
-            SELECT e.rank, e.row_id, e.value, e.document, e.position, e.token_id, v.text AS token
-            FROM exemplars e LEFT JOIN vocabulary v ON e.token_id = v.token_id
-            WHERE e.site = site AND e.neuron = neuron AND e.side = 'top' AND e.rank <= k
-            UNION ALL SELECT CAST(error('site ' || site || {unknown}) AS INTEGER),
-            NULL, NULL, NULL, NULL, NULL, NULL WHERE site NOT IN ({sites})
-            ORDER BY rank"""
+def _create_macros(
+    connection: duckdb.DuckDBPyConnection,
+    store: CoreStore,
+    snippet: _SnippetFunction,
+    names: Collection[str],
+) -> None:
+    """Create some of the macros."""
+    if "top_tokens" in names:
+        connection.execute(_top_tokens(store))
+    if "snippet" in names:
+        connection.create_function(  # type: ignore[call-overload]  # stubs lack Arrow
+            "_snippet",
+            snippet,
+            ["BIGINT", "BIGINT", "BIGINT", "VARCHAR"],
+            "VARCHAR",
+            type="arrow",
         )
-        if with_snippet:
-            self.connection.create_function(  # type: ignore[call-overload]  # stubs lack Arrow
-                "_snippet",
-                self.snippet,
-                ["BIGINT", "BIGINT", "BIGINT", "VARCHAR"],
-                "VARCHAR",
-                type="arrow",
-            )
-            self.connection.execute(
-                "CREATE MACRO snippet(row_id, before := 8, after := 8, space := '') AS "
-                "_snippet(row_id, before, after, space)"
+        connection.execute(
+            "CREATE MACRO snippet(row_id, before := 8, after := 8, space := '') AS "
+            "_snippet(row_id, before, after, space)"
+        )
+    for name, macro in MACROS.items():
+        if name in names and macro.constant:
+            called = f"'{name}(' || concat_ws(', ', {', '.join(macro.constant)}) || ')'"
+            connection.execute(
+                f"CREATE MACRO {macro.call} AS TABLE "
+                f"""FROM query_table('"' || replace({called}, '"', '""') || '"')"""
             )
 
 
-def _create_view(name: str, select: str) -> str:
-    """Return the statements that create a view and say what it is."""
-    comments = [f"COMMENT ON VIEW {name} IS {_literal(VIEWS[name].comment)};"]
-    for column in VIEWS[name].columns:
-        comments.append(f'COMMENT ON COLUMN {name}."{column.name}" IS {_literal(column.comment)};')
-    return f"CREATE VIEW {name} AS {select}; {' '.join(comments)}"
+def _top_tokens(store: CoreStore) -> str:
+    """Return the statement that creates the macro `top_tokens`.
+
+    A site or neuron that the store does not have is an error, not an empty answer.
+    """
+    widths = ", ".join(f"({literal(str(i.site))}, {i.width})" for i in store.meta.sites)
+    unknown = literal(f" is not in {store.path}; it has {summarize(store.sites)}. Did you mean '")
+    return f"""CREATE MACRO top_tokens(site, neuron, k := 20) AS TABLE
+    SELECT e.rank, e.row_id, e.value, e.document, e.position, e.token_id, v.text AS token
+    FROM exemplars e LEFT JOIN vocabulary v ON e.token_id = v.token_id
+    WHERE e.site = site AND e.neuron = neuron AND e.side = 'top' AND e.rank <= k
+    UNION ALL SELECT CAST(error(
+        CASE WHEN w.width IS NULL
+        THEN 'site ''' || site || '''' || {unknown} || w.near || '''?'
+        ELSE 'neuron = ' || neuron || ' is not at ' || site || '; it has neurons 0 … '
+            || (w.width - 1) || '.' END) AS INTEGER),
+    NULL, NULL, NULL, NULL, NULL, NULL
+    FROM (SELECT max(t.width) FILTER (t.name = site) AS width,
+        arg_min(t.name, levenshtein(t.name, site)) AS near
+        FROM (VALUES {widths}) t(name, width)) w
+    WHERE w.width IS NULL OR neuron NOT BETWEEN 0 AND w.width - 1
+    ORDER BY rank"""
 
 
 class _SnippetFunction:
-    """The text around rows, as a function for DuckDB.
+    """The text around rows, as a function for DuckDB."""
 
-    It holds the store weakly: DuckDB's reference to it is one that Python's collector cannot see.
-    """
-
-    def __init__(self, store: CoreStore) -> None:
-        self._store = weakref.ref(store)
+    def __init__(self, store: Callable[[], CoreStore | None]) -> None:
+        self._store = store
         self.failures: list[ActstoreError] = []
         """Errors raised inside DuckDB, which would keep no more than their messages."""
 
@@ -305,173 +359,3 @@ class _SnippetFunction:
             self.failures.append(error)
             raise
         return pa.array(texts, pa.string())
-
-
-def _sources(store: CoreStore, snapshot: _Snapshot, name: str) -> list[_Source]:
-    """Return the files behind a view; none if nothing was written yet."""
-    if (table := VIEWS[name].table) is not None:
-        return _result_sources(snapshot.found, table)
-    if name == "vocabulary" and (store.path / "vocabulary.json").exists():
-        return [_Source(store.vocabulary_files())]
-    if name == "documents":
-        files = {p.file(name): p.files[p.file(name)] for p in store.parts}
-        return [_Source(files)] if files else []
-    if name == "tokens":
-        found = (_token_source(store, snapshot, space) for space in store.meta.spaces)
-        return [source for source in found if source is not None]
-    if name == "neurons" and snapshot.index:
-        files = snapshot.index.named("neurons")
-        return [_Source(files, may_hold_nan=True)] if files else []
-    if name == "exemplars" and snapshot.index:
-        files = snapshot.index.named("exemplars/")
-        return [_Source(files, _site_of_file(store))] if files else []
-    return []
-
-
-def _site_of_file(store: CoreStore) -> dict[str, str]:
-    """Return the columns that name the site of an exemplar, taken from the name of its file.
-
-    DuckDB skips files by such expressions.  Its own reading of folders called ``layer=3`` would
-    take those above the store for columns too.
-    """
-    hook = "string_split(t.filename, '/')[-3][6:]"
-    layer = "string_split(t.filename, '/')[-2][7:]"
-    space, family = "''", hook
-    if store.meta.spaces != ("",):
-        space = "string_split(t.filename, '/')[-4][7:]"
-        family = f"{space} || '.' || {hook}"
-    return {
-        "site": f"{family} || '.' || {layer}",
-        "space": space,
-        "hook": hook,
-        "layer": f"CAST({layer} AS INTEGER)",
-    }
-
-
-def _token_source(store: CoreStore, snapshot: _Snapshot, space: str) -> _Source | None:
-    """Return the token index of a space, its committed rows only."""
-    committed = set(snapshot.committed)
-    parts = [p for p in store.parts if any(s.segment in committed for s in p.segments)]
-    if not parts:
-        return None
-    size = store.meta.segment_rows
-    planned = sorted(s.segment for p in parts for s in p.segments)
-    mine = [s for s in planned if s in committed]
-    where = ""
-    if mine != planned:
-        # A range of row_id lets DuckDB skip row groups; the list settles what is inside it.
-        where = f"t.row_id >= {mine[0] * size} AND t.row_id < {(mine[-1] + 1) * size}"
-        if len(mine) != mine[-1] - mine[0] + 1:
-            where += f" AND t.row_id // {size} IN ({', '.join(map(str, mine))})"
-    derived = {
-        "special": f"(t.flags & {SPECIAL}) <> 0",
-        "first": f"(t.flags & {FIRST}) <> 0",
-        "generated": f"(t.flags & {GENERATED}) <> 0",
-        "space": _literal(space),
-        "text": "v.text",
-    }
-    # Grouped, the join is known to add no rows, so DuckDB leaves it out where text is not used.
-    joins = (
-        "LEFT JOIN (SELECT w.token_id, any_value(w.text) AS text FROM vocabulary w "
-        "GROUP BY w.token_id) v ON t.token_id = v.token_id"
-    )
-    files = {p.file("tokens", space): p.files[p.file("tokens", space)] for p in parts}
-    return _Source(files, derived, where, joins, frozenset({"flags"}))
-
-
-def _result_sources(results: tuple[Result, ...], table: str) -> list[_Source]:
-    sources = []
-    for result in results:
-        if facts := result.files.get(f"{table}.parquet"):
-            name = f"results/{result.kind}/{result.name}/{table}.parquet"
-            named = {"kind": _literal(result.kind), "result": _literal(result.name)}
-            sources.append(_Source({name: facts}, named, may_hold_nan=True))
-    return sources
-
-
-def _union(store: CoreStore, columns: tuple[Column, ...], sources: list[_Source]) -> str:
-    """Return the SELECT over sources: the view's columns, then further ones of the files."""
-    schemas = []
-    for source in sources:
-        first = next(iter(source.files))
-        in_file = pq.read_schema(store.path / first)
-        schemas.append({f.name: f.type for f in in_file if f.name not in source.hidden})
-    types = {column.name: column.type for column in columns}
-    further = [name for names in schemas for name in names if name not in types]
-    selects = []
-    for source, names in zip(sources, schemas, strict=True):
-        chosen = []
-        for name in dict.fromkeys([*types, *further]):
-            quoted = '"' + name.replace('"', '""') + '"'
-            if name in source.derived:
-                value = source.derived[name]
-            elif name in names:
-                value = f"t.{quoted}"
-                if source.may_hold_nan and pa.types.is_floating(names[name]):
-                    value = f"nullif({value}, 'NaN')"  # DuckDB sorts NaN above all numbers
-            else:
-                value = f"CAST(NULL AS {types[name]})" if name in types else "NULL"
-            chosen.append(f"{value} AS {quoted}")
-        files = ", ".join(_literal(_absolute(store, file)) for file in source.files)
-        options = "hive_partitioning = false"
-        options += ", can_have_nan = true" if source.may_hold_nan else ""
-        options += ", filename = true" if "t.filename" in "".join(source.derived.values()) else ""
-        where = f" WHERE {source.where}" if source.where else ""
-        selects.append(
-            f"SELECT {', '.join(chosen)} FROM read_parquet([{files}], {options}) t "
-            f"{source.joins}{where}"
-        )
-    return " UNION ALL ".join(selects)
-
-
-def _inline(columns: tuple[Column, ...], rows: list[list[str]]) -> str:
-    """Return the SELECT of rows written as SQL; without any, ending in a false condition."""
-    values = ", ".join(f"({', '.join(row)})" for row in rows or [["NULL"] * len(columns)])
-    names = ", ".join(f'"{column.name}"' for column in columns)
-    # Qualified: a bare name would also mean the parameter of a macro that reads the view.
-    casts = ", ".join(f'CAST(t."{c.name}" AS {c.type}) AS "{c.name}"' for c in columns)
-    condition = "" if rows else " WHERE false"
-    return f"SELECT {casts} FROM (VALUES {values}) t({names}){condition}"
-
-
-def _site_rows(store: CoreStore) -> list[list[str]]:
-    rows = []
-    for info in store.meta.sites:
-        site = info.site
-        texts = (info.dtype, info.module, info.side, info.path)
-        rows.append(
-            [
-                *(_literal(text) for text in (str(site), site.space, site.hook)),
-                str(site.layer),
-                str(info.width),
-                *map(_literal, texts),
-            ]
-        )
-    return rows
-
-
-def _result_rows(results: tuple[Result, ...]) -> list[list[str]]:
-    rows = []
-    for result in results:
-        document = {k: v for k, v in result.document.items() if k != "files"}
-        sites = ", ".join(_literal(str(site)) for site in document.get("sites", ()))
-        n_rows = document.get("n_rows")
-        rows.append(
-            [
-                _literal(result.kind),
-                _literal(result.name),
-                _literal(str(document["created"])),
-                f"[{sites}]",
-                "NULL" if n_rows is None else str(int(n_rows)),
-                _literal(json.dumps(document, ensure_ascii=False)),
-            ]
-        )
-    return rows
-
-
-def _absolute(store: CoreStore, name: str) -> str:
-    return str((store.path / name).absolute())
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -5,6 +5,9 @@ raw pointers, so a statement is admitted by what it is made of, not by what it l
 (EXPLAIN, DESCRIBE, SHOW and SUMMARIZE of one are no more than that), made of queries only, over the
 store's views and a short list of table functions.  The connection behind the gate is locked as well
 (`Database`): either alone would do.
+
+The gate also tells what a statement needs: the views it names, and the calls of macros whose tables
+are made by Python, which have to stand there when the query runs, so their arguments are constants.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +40,44 @@ _REMEDY = (
 )
 
 
+_TABLE_MACROS = {name for name, macro in MACROS.items() if macro.columns}
+_CATALOG_FUNCTIONS = {name for name in _TABLE_FUNCTIONS if name.startswith(("duckdb_", "pragma_"))}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An argument given as ``$name``."""
+
+    name: str
+    """The name."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a macro whose arguments are constants."""
+
+    macro: str
+    """Its name."""
+    arguments: tuple[tuple[str, str | int | Parameter], ...]
+    """Its arguments by parameter; a default that was not given is left out."""
+
+
 @dataclass(frozen=True)
 class Statement:
     """A statement that may run."""
 
+    prefix: str
+    """``EXPLAIN …`` before it, or nothing."""
     text: str
-    """Its SQL."""
+    """Its SQL, without the prefix."""
     names: frozenset[str]
     """The views and macros of the store that it names, and the views those read."""
+    calls: tuple[Call, ...]
+    """Its calls of macros whose tables are made before it runs."""
+    reads_catalog: bool
+    """Whether it asks what views and columns there are."""
+    described: str | None
+    """The view it describes, where it is ``DESCRIBE view``."""
 
 
 def admit(query: str) -> Statement:
@@ -64,7 +97,7 @@ def admit(query: str) -> Statement:
         match = _EXPLAIN.match(text)
         if match is None:
             raise QueryError(f"EXPLAIN was not understood in {_short(query)}. {_REMEDY}")
-        prefix = f"EXPLAIN {match[1] or ''} "
+        prefix = f"EXPLAIN {match[1] or ''}".rstrip() + " "
         kind, text = _only_statement(text[match.end() :])
     if kind == "MULTI":
         raise QueryError(
@@ -73,7 +106,10 @@ def admit(query: str) -> Statement:
         )
     if kind != "SELECT":
         raise QueryError(f"{_short(query)} is a statement of the kind {kind}. {_REMEDY}")
-    return Statement(prefix + text, _names(_tree(text), query))
+    tree = _tree(text)
+    names, reads_catalog = _names(tree, query)
+    calls = tuple(dict.fromkeys(_calls(tree)))
+    return Statement(prefix, text, names, calls, reads_catalog, _described(tree))
 
 
 @functools.cache
@@ -116,11 +152,18 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
             waiting.extend(item)
 
 
-def _names(tree: Any, query: str) -> frozenset[str]:
-    """Return the views and macros that a statement names, or refuse what it may not use."""
+def _names(tree: Any, query: str) -> tuple[frozenset[str], bool]:
+    """Return the views and macros that a statement names, and whether it asks for the catalog.
+
+    Raises
+    ------
+    QueryError
+        If it uses what it may not.
+    """
     names: set[str] = set()
     tables: set[str] = set()
     common: set[str] = set()  # names of common table expressions
+    reads_catalog = False
     for node in _nodes(tree):
         kind = str(node.get("type", ""))
         if kind.endswith("_NODE") and kind not in _QUERIES:
@@ -128,13 +171,20 @@ def _names(tree: Any, query: str) -> frozenset[str]:
         if kind == "TABLE_FUNCTION":
             name = str(node["function"].get("function_name", "")).lower()
             if name not in _TABLE_FUNCTIONS and name not in MACROS:
+                known = sorted({*_TABLE_FUNCTIONS, *_TABLE_MACROS})
                 raise QueryError(
-                    f"the table function {name!r} is not open to queries of a "
-                    f"store; there are {', '.join(sorted({*_TABLE_FUNCTIONS, 'top_tokens'}))}. "
-                    f"Read the store through its views: {', '.join(VIEWS)}."
+                    f"the table function {name!r} is not open to queries of a store; there are "
+                    f"{', '.join(known)}.{did_you_mean(name, known)} Read the store through its "
+                    f"views: {', '.join(VIEWS)}."
                 )
-        if kind == "BASE_TABLE" and str(node.get("schema_name", "")).lower() not in _CATALOGS:
-            tables.add(str(node["table_name"]).lower())
+            reads_catalog |= name in _CATALOG_FUNCTIONS
+        if kind == "SHOW_REF" and node.get("query") is None:
+            reads_catalog = True
+        if kind == "BASE_TABLE":
+            if str(node.get("schema_name", "")).lower() in _CATALOGS:
+                reads_catalog = True
+            else:
+                tables.add(str(node["table_name"]).lower())
         if "function_name" in node:
             names.add(str(node["function_name"]).lower())
         if isinstance(node.get("cte_map"), dict):
@@ -146,7 +196,66 @@ def _names(tree: Any, query: str) -> frozenset[str]:
                 f"{did_you_mean(table, VIEWS)}"
             )
     used = (names & set(MACROS)) | (tables & set(VIEWS))
-    return frozenset(used.union(*(READS.get(name, ()) for name in used)))
+    for name in names & set(MACROS):
+        used.update(MACROS[name].reads)
+    return frozenset(used.union(*(READS.get(name, ()) for name in used))), reads_catalog
+
+
+def _calls(tree: Any) -> Iterator[Call]:
+    """Yield the calls of macros whose tables are made before a statement runs."""
+    for node in _nodes(tree):
+        if node.get("type") != "TABLE_FUNCTION":
+            continue
+        name = str(node["function"]["function_name"]).lower()
+        if name in MACROS and MACROS[name].constant:
+            yield Call(name, tuple(_arguments(name, node["function"]["arguments"])))
+
+
+def _arguments(name: str, given: list[Any]) -> Iterator[tuple[str, str | int | Parameter]]:
+    macro = MACROS[name]
+    usage = f"Expected {macro.call}: {macro.comment}."
+    free = list(macro.constant)
+    for argument in given:
+        parameter = str(argument["name"]).lower() or (free[0] if free else "")
+        if parameter not in free:
+            raise QueryError(f"{name} was called with too many or unknown arguments. {usage}")
+        free.remove(parameter)
+        value = _constant(argument["expression"])
+        if value is None:
+            raise QueryError(
+                f"{parameter} of {name} is not a constant. Its table is made before the query "
+                f"runs, so it takes a text, a whole number or a $parameter. {usage}"
+            )
+        yield parameter, value
+    if missing := [p for p in free if f"{p} :=" not in macro.call]:
+        raise QueryError(f"{name} was called without {' and '.join(missing)}. {usage}")
+
+
+def _constant(expression: Mapping[str, Any]) -> str | int | Parameter | None:
+    if expression.get("type") == "VALUE_PARAMETER":
+        return Parameter(str(expression["identifier"]))
+    literal = expression.get("literal") or {}
+    text = str(literal.get("text"))
+    if literal.get("kind") == "STRING":
+        return text
+    if literal.get("kind") == "INTEGER" and re.fullmatch(r"-?\d+", text):
+        return int(text)
+    return None
+
+
+def _described(tree: Any) -> str | None:
+    """Return the view of ``DESCRIBE view`` or ``SHOW view``."""
+    shown = tree["statements"][0]["node"].get("from_table") or {}
+    if shown.get("type") != "SHOW_REF" or shown.get("show_type") not in ("DESCRIBE", "SHOW"):
+        return None
+    query = shown["query"]
+    if query and [column.get("type") for column in query.get("select_list", ())] != ["STAR"]:
+        return None  # other columns may have the same names
+    table = query["from_table"] if query else shown
+    if table.get("type") not in ("BASE_TABLE", "SHOW_REF"):
+        return None
+    name = str(table["table_name"]).lower().strip('"')
+    return name if name in VIEWS else None
 
 
 def _short(query: str) -> str:

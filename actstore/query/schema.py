@@ -1,8 +1,8 @@
-"""The views of a store: their columns, and what each means.
+"""The views and macros of a store: their columns, and what each means.
 
 A view has these columns whether or not there is anything behind it yet, then whatever further ones
-its files bring.  The words here become the comments of the columns in DuckDB
-(``SELECT column_name, comment FROM duckdb_columns()``) and the reference in the documentation.
+its files bring.  The words here become the comments of the columns in DuckDB (``DESCRIBE neurons``,
+``SELECT column_name, comment FROM duckdb_columns()``) and the reference in the documentation.
 """
 
 from __future__ import annotations
@@ -33,6 +33,22 @@ class View:
     """Its columns, in order."""
     table: str | None = None
     """The Parquet table of results it shows, where it shows results."""
+
+
+@dataclass(frozen=True)
+class Macro:
+    """A macro of the store."""
+
+    call: str
+    """How it is called, with its defaults."""
+    comment: str
+    """What it gives."""
+    columns: tuple[Column, ...] = ()
+    """The columns of a table; without any it is a value."""
+    reads: tuple[str, ...] = ()
+    """The views it reads."""
+    constant: tuple[str, ...] = ()
+    """Its parameters, where all arguments must be constants: it is computed before the query."""
 
 
 def _columns(*columns: tuple[str, str, str]) -> tuple[Column, ...]:
@@ -110,6 +126,7 @@ VIEWS: Mapping[str, View] = {
             ("module", "VARCHAR", "module of the model whose input or output is stored"),
             ("side", "VARCHAR", "'input' or 'output' of that module"),
             ("path", "VARCHAR", "folder of the Zarr array inside the store"),
+            ("keep", "DOUBLE", "part of its content rows that is stored: 1, a power of 2, or 0"),
         ),
     ),
     "neurons": View(
@@ -134,6 +151,20 @@ VIEWS: Mapping[str, View] = {
             ("energy_positive", "DOUBLE", "sum of squares of the values above zero"),
             ("other_n", "BIGINT", "special and first rows"),
             ("other_mean", "DOUBLE", "mean over those"),
+            ("other_std", "DOUBLE", "standard deviation over those"),
+            ("other_min", "DOUBLE", "lowest value of those"),
+            ("other_max", "DOUBLE", "highest value of those"),
+        ),
+    ),
+    "histograms": View(
+        "a bin of a neuron's histogram that holds a value; the bins are the same for all neurons",
+        _SITE
+        + _columns(
+            ("neuron", "INTEGER", "index of the neuron, from 0"),
+            ("bin", "INTEGER", "number of the bin, 0 to 255; bins ascend with the value"),
+            ("low", "FLOAT", "least value of the bin"),
+            ("high", "FLOAT", "greatest value of the bin; infinite in the last of each sign"),
+            ("n", "BIGINT", "content rows in it, of those that the index covers"),
         ),
     ),
     "exemplars": View(
@@ -196,12 +227,50 @@ VIEWS: Mapping[str, View] = {
 }
 """The views of a store by name, each after those it reads."""
 
-READS: Mapping[str, tuple[str, ...]] = {
-    "tokens": ("vocabulary",),
-    "top_tokens": ("exemplars", "vocabulary"),
-    "snippet": (),
-}
-"""The views that a view or macro reads; ``snippet`` reads rows of the store, not views."""
+READS: Mapping[str, tuple[str, ...]] = {"tokens": ("vocabulary",)}
+"""The views that a view reads."""
 
-MACROS = ("top_tokens", "snippet")
-"""The macros of a store."""
+MACROS: Mapping[str, Macro] = {
+    "top_tokens": Macro(
+        "top_tokens(site, neuron, k := 20)",
+        "the strongest rows of a neuron, from the index",
+        _columns(
+            ("rank", "INTEGER", "place in the list, from 1"),
+            ("row_id", "BIGINT", "the row"),
+            ("value", "FLOAT", "value at that row"),
+            ("document", "BIGINT", "document of the row"),
+            ("position", "INTEGER", "position of the row in its window"),
+            ("token_id", "INTEGER", "token of the row"),
+            ("token", "VARCHAR", "text of the token type"),
+        ),
+        ("exemplars", "vocabulary"),
+    ),
+    "snippet": Macro(
+        "snippet(row_id, before := 8, after := 8, space := '')",
+        "the text around a row, a VARCHAR: so many tokens before and after it",
+    ),
+    "activations": Macro(
+        "activations(site, neuron, rows := 'content')",
+        "a neuron's stored column; rows := 'all' adds special and first rows; arguments are "
+        "constants or $parameters",
+        _columns(
+            ("row_id", "BIGINT", "the row; join with `tokens`"),
+            ("value", "FLOAT", "value at that row; NULL where it is NaN"),
+        ),
+        constant=("site", "neuron", "rows"),
+    ),
+    "means": Macro(
+        "means(site, key, rows := 'content')",
+        "the mean of every neuron of a site in each group of rows; key is SQL on the columns of "
+        "`tokens`, and on source, n_tokens and metadata of `documents`; arguments are constants or "
+        "$parameters; where not all rows are stored, rows := 'stored' takes those that are",
+        _columns(
+            ("key", "ANY", "value of the key, which tells the groups apart"),
+            ("neuron", "INTEGER", "index of the neuron, from 0"),
+            ("n", "BIGINT", "content rows of the group, NaN left out"),
+            ("mean", "DOUBLE", "mean over them"),
+        ),
+        constant=("site", "key", "rows"),
+    ),
+}
+"""The macros of a store by name."""

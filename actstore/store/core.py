@@ -112,6 +112,7 @@ class CoreStore:
         self._verified: dict[tuple[str, int, FileFacts], npt.NDArray[np.bool_]] = {}
         self._samples: OrderedDict[str, npt.NDArray[np.int64]] = OrderedDict()
         self._commits: dict[int, Commit] = {}
+        self._chosen: dict[tuple[str, str], tuple[tuple[int, ...], Rows]] = {}
         self._lock = threading.Lock()  # scans read ahead in a thread of their own
         self.refresh()
 
@@ -565,16 +566,22 @@ class CoreStore:
         if rule not in ("content", "all"):
             raise ArgumentError(f"rows = {rule!r} is not 'content' or 'all'.")
         space = self.meta.spaces[0] if space is None else space
+        committed = self.committed
+        if (rule, space) in self._chosen and self._chosen[rule, space][0] == committed:
+            return self._chosen[rule, space][1]
 
         def masks() -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
-            for segment, n_rows in self.committed_rows(space).items():
+            for segment in committed:
+                n_rows = self.planned[segment].rows.get(space, 0)
                 if rule == "all":
                     yield segment, np.ones(n_rows, dtype=np.bool_)
                 else:
                     flags = self.tokens(segment, space).column("flags").to_numpy()
                     yield segment, (flags & (SPECIAL | FIRST)) == 0
 
-        return Rows.from_masks(rule, self.meta.segment_rows, masks())
+        found = Rows.from_masks(rule, self.meta.segment_rows, masks())
+        self._chosen[rule, space] = (committed, found)  # a bit a row, against reading all tokens
+        return found
 
     # -- the compacted index -------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 
 from actstore.errors import BudgetExceeded, DamagedFile, QueryError, RowNotFound
 from actstore.query import VIEWS, Database
-from actstore.query.database import _Snapshot
+from actstore.query.gate import admit
+from actstore.query.views import Snapshot
 from actstore.store import CoreStore, generations
 from tests.query.stores import SEGMENT_ROWS, make_store, ranked, write_index, write_result
 from tests.synthetic import synthetic_store
@@ -254,8 +256,9 @@ def test_a_view_whose_files_were_not_verified_answers_nothing(
     shared: CoreStore, database: Database
 ) -> None:
     """A query that reached a view unnoticed would raise."""
+    statement = replace(admit("SELECT count(*) FROM tokens"), reads_catalog=True)
     with pytest.raises(QueryError, match="files of the view tokens were not verified"):
-        database._run(_Snapshot.of(shared), "SELECT count(*) FROM tokens", frozenset(), {})
+        database._run(Snapshot.of(shared), replace(statement, names=frozenset()), {})
 
 
 def test_what_does_not_fit_is_refused_with_the_budget(shared: CoreStore) -> None:
