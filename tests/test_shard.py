@@ -364,7 +364,7 @@ def test_out_receives_rows_and_columns(open_reader):
     assert reader.read_rows(3, 14, out=rows) is rows
     assert_same_bits(rows, np.ascontiguousarray(values[3:14]))
     column = np.zeros((11, 2), layout.numpy_dtype)[:, 1]
-    for _ in range(2):  # once checking the chunks, once through the mapping
+    for _ in range(2):  # once checking the chunks, once by strips
         column[:] = 0
         assert reader.read_column(513, 3, 14, out=column) is column
         assert_same_bits(column, np.ascontiguousarray(values[3:14, 513]))
@@ -585,7 +585,7 @@ def test_a_file_cut_after_it_was_opened_raises():
         reader.read_rows(0, 8)
     with pytest.raises(DamagedFile, match=r"acts/c/5/0 ends at byte 65; expected 260 bytes\. Res"):
         scatter(reader, range(8))
-    with pytest.raises(DamagedFile, match=r"acts/c/5/0 has 65 bytes; expected 260\. Restore"):
+    with pytest.raises(DamagedFile, match=r"acts/c/5/0 ends at byte 80; expected 260 bytes\. Res"):
         reader.read_column(4)
     os.close(fd)
     with pytest.raises(OSError, match="Bad file descriptor"):
