@@ -135,7 +135,7 @@ class Database:
                     cursor.register(name, means[-1][1].schema.empty_table())
             if means:
                 # A pass is made for a query that can run, and for none that only explains itself.
-                cursor.execute(f"EXPLAIN {statement.text}", dict(values) or None)
+                cursor.execute(f"EXPLAIN {statement.text}", dict(values) or None).fetchall()
                 if not statement.prefix or "ANALYZE" in statement.prefix.upper():
                     for name, table in means:
                         cursor.register(name, table.table())

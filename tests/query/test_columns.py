@@ -51,7 +51,7 @@ def test_a_column_is_what_its_rows_hold(shared: CoreStore) -> None:
 def test_a_column_is_an_arrow_stream_that_opens_again(shared: CoreStore) -> None:
     """Any reader of Arrow streams takes it, more than once, a segment at a time."""
     stored = Activations(shared, SITE, 4)
-    reader = pa.RecordBatchReader.from_stream(column)
+    reader = pa.RecordBatchReader.from_stream(stored)
     batches = list(reader)
     assert len(batches) == len(shared.committed)
     assert pa.table(stored) == pa.Table.from_batches(batches) == stored.to_arrow()

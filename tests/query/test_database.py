@@ -13,11 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from actstore import durable
 from actstore.errors import BudgetExceeded, DamagedFile, QueryError, RowNotFound
-from actstore.query import VIEWS, Database
+from actstore.folds.histogram import bins_of
+from actstore.query import MACROS, VIEWS, Activations, Database
 from actstore.query.gate import admit
 from actstore.query.views import Snapshot
-from actstore.store import CoreStore, generations
+from actstore.store import CoreStore, Generation, generations
 from tests.query.stores import SEGMENT_ROWS, make_store, ranked, write_index, write_result
 from tests.synthetic import synthetic_store
 
@@ -46,6 +48,40 @@ def test_every_column_says_what_it_means(database: Database) -> None:
     for name, view in VIEWS.items():
         for column in view.columns:
             assert comments[name, column.name] == column.comment
+
+
+def test_describe_says_what_columns_mean(database: Database) -> None:
+    """DESCRIBE and SHOW of a view give the comment of each column; of other columns they do not."""
+    for query in ("DESCRIBE neurons", "DESCRIBE SELECT * FROM neurons", "SHOW neurons"):
+        rows = {row["column_name"]: row["comment"] for row in database.sql(query)}
+        for column in VIEWS["neurons"].columns:
+            assert rows[column.name] == column.comment
+    assert "comment" not in database.sql("DESCRIBE SELECT 1 AS mean FROM neurons").columns
+
+
+def test_macros_give_the_columns_they_promise(database: Database) -> None:
+    """The table of each macro has its documented columns."""
+    calls = {
+        "top_tokens": "top_tokens('mlp_post.0', 1)",
+        "activations": "activations('mlp_post.0', 1)",
+        "means": "means('mlp_post.0', 'source')",
+    }
+    assert {name for name, macro in MACROS.items() if macro.columns} == set(calls)
+    for name, call in calls.items():
+        rows = database.sql(f"DESCRIBE FROM {call}").rows()
+        columns = MACROS[name].columns
+        assert [row[0] for row in rows] == [column.name for column in columns]
+        for row, column in zip(rows, columns, strict=True):
+            assert column.type in (row[1], "ANY")
+
+
+def test_a_query_makes_the_views_it_names(database: Database) -> None:
+    """Other views are not there, unless the query asks what views there are."""
+    database.sql("SELECT 1 FROM sites")
+    assert database._open is not None
+    made = "SELECT view_name FROM duckdb_views() WHERE NOT internal"
+    assert database._open.connection.execute(made).fetchall() == [("sites",)]
+    assert {name for (name,) in database.sql("SHOW TABLES").rows()} == set(VIEWS)
 
 
 def test_views_equal_the_files(shared: CoreStore, database: Database) -> None:
@@ -86,6 +122,164 @@ def test_only_the_file_of_the_site_is_read(database: Database) -> None:
     assert "Scanning Files: 1/3" in plan
     plan = repr(database.sql("EXPLAIN SELECT * FROM exemplars WHERE layer > 1"))
     assert "Scanning Files: 2/3" in plan
+
+
+def bytes_read() -> int:
+    """Return how many bytes this process has asked the system for."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("rchar"):
+            return int(line.split()[1])
+    raise AssertionError
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's counters")
+def test_only_the_columns_and_row_groups_asked_for_are_read(tmp_path: Path) -> None:
+    """Through the views a query reads the bytes of its columns and of few row groups."""
+    rng = np.random.default_rng(0)
+    values = {f"mlp_post.{layer}": rng.normal(size=(6000, 64)) for layer in range(3)}
+    store = synthetic_store(tmp_path / "s", values, segment_rows=4096)
+    index_of_columns(store, 64)
+    database = Database(store, "500MB")
+    database.sql("SELECT * FROM exemplars, tokens, histograms LIMIT 0")  # checksums
+
+    def cost(query: str) -> int:
+        start = bytes_read()
+        database.sql(query)
+        return bytes_read() - start
+
+    base = cost("SELECT 1")
+    whole = cost("SELECT value, row_id FROM exemplars")
+    site = cost("SELECT value, row_id FROM exemplars WHERE site = 'mlp_post.1'")
+    one = cost("SELECT value, row_id FROM exemplars WHERE site = 'mlp_post.1' AND neuron = 7")
+    assert one - base < (site - base) / 2 < (whole - base) / 5
+    plan = repr(
+        database.sql(
+            "EXPLAIN ANALYZE SELECT n FROM histograms WHERE hook = 'mlp_post' AND layer = 2 "
+            "AND neuron BETWEEN 7 AND 8"
+        )
+    )
+    assert "Scanning Files: 1/3" in plan
+    assert "Row Groups Scanned: 1 / 7" in plan
+    file = pq.ParquetFile(store.path / "tokens/00000.parquet").metadata
+    assert file.num_row_groups == 1
+    columns = [file.row_group(0).column(place) for place in range(file.num_columns)]
+    sizes = {column.path_in_schema: column.total_compressed_size for column in columns}
+    everything = cost("SELECT * EXCLUDE (text) FROM tokens")
+    two = cost("SELECT sum(position), sum(token_id) FROM tokens")
+    saved = sum(sizes.values()) - sizes["position"] - sizes["token_id"]
+    assert everything - two > saved / 2  # ranges near each other are read as one
+
+
+def index_of_columns(store: CoreStore, width: int) -> None:
+    """Publish an index with lists and histograms in small row groups."""
+    files = {}
+    for info in store.meta.sites:
+        neurons = np.repeat(np.arange(width, dtype=np.int32), 1000)
+        numbers = np.tile(np.arange(1000), width)
+        tables = {
+            "exemplars": {
+                "side": pa.array(["top"] * len(neurons)),
+                "rank": pa.array(numbers + 1, pa.int32()),
+                "row_id": pa.array(np.random.default_rng(1).integers(0, 6000, len(neurons))),
+                "value": np.random.default_rng(2).random(len(neurons), np.float32),
+            },
+            "histograms": {
+                "bin": pa.array(numbers % 256, pa.int32()),
+                "low": numbers.astype(np.float32),
+                "high": numbers.astype(np.float32),
+                "n": numbers,
+            },
+        }
+        for kind, columns in tables.items():
+            name = f"index/000000/{kind}/hook=mlp_post/layer={info.site.layer}/{kind}.parquet"
+            durable.make_folder((store.path / name).parent)
+            table = pa.table({"neuron": neurons, **columns})
+            files[name] = durable.write_table(store.path / name, table, 10_000)
+    generations.publish(store.path, Generation(0, tuple(store.committed), files))
+
+
+def test_histograms_count_what_the_column_holds(small_store: CoreStore) -> None:
+    """Bins, their edges and counts are those of the stored values, at every site."""
+    database = Database(small_store, "500MB")
+    for info in small_store.meta.sites:
+        column = Activations(small_store, info.site, 5).to_arrow()["value"].to_numpy()
+        rows = database.sql(
+            "SELECT bin, low, high, n FROM histograms WHERE site = $site AND neuron = 5",
+            site=str(info.site),
+        ).rows()
+        bins = bins_of(column[:, None])[:, 0]
+        assert [(number, n) for number, _, _, n in rows] == [
+            (number, int(np.count_nonzero(bins == number))) for number in np.unique(bins)
+        ]
+        for _, low, high, n in rows:
+            assert np.count_nonzero((column >= low) & (column <= high)) >= n
+        total = database.sql(
+            "SELECT sum(h.n) = any_value(s.n) AND any_value(keep) = 1 FROM histograms h "
+            "JOIN neurons s USING (site, neuron) JOIN sites USING (site) WHERE site = $site "
+            "AND neuron = 5",
+            site=str(info.site),
+        )
+        assert total.rows() == [(True,)]
+
+
+def test_statistics_are_those_of_the_column(small_store: CoreStore) -> None:
+    """n, mean, std, extremes, shape and the quantiles' bins are those NumPy finds."""
+    database = Database(small_store, "500MB")
+    x = Activations(small_store, "mlp_post.2", 9).to_arrow()["value"].to_numpy().astype(np.float64)
+    (row,) = database.sql("FROM neurons WHERE site = 'mlp_post.2' AND neuron = 9")
+    z = (x - x.mean()) / x.std()
+    wanted = {
+        "n": len(x),
+        "mean": x.mean(),
+        "std": x.std(),
+        "min": x.min(),
+        "max": x.max(),
+        "share_positive": np.mean(x > 0),
+        "skewness": np.mean(z**3),
+        "kurtosis": np.mean(z**4) - 3,
+        "energy": np.sum(x**2),
+    }
+    assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+    for percent in (1, 5, 25, 50, 75, 95, 99):
+        quantile = np.quantile(x, percent / 100, method="inverted_cdf")
+        assert row[f"q{percent:02d}_low"] <= quantile <= row[f"q{percent:02d}_high"]
+
+
+def test_a_connection_of_ones_own(shared: CoreStore, tmp_path: Path) -> None:
+    """It has the views and macros, and does what `sql` refuses."""
+    connection = Database(shared, "500MB").connect()
+    for name in VIEWS:
+        connection.execute(f"FROM {name}").fetchall()
+    assert connection.sql("FROM top_tokens('mlp_post.10', 4)").fetchall()
+    assert connection.sql("SELECT snippet(5)").fetchone() is not None
+    driven = Activations(shared, "mlp_post.10", 4)
+    counted = "SELECT count(*) FROM driven JOIN tokens USING (row_id)"
+    assert connection.sql(counted).fetchall() == [(len(driven),)]
+    connection.execute(f"COPY (FROM sites) TO '{tmp_path}/sites.csv'")
+    connection.execute("CREATE TABLE loud AS FROM neurons WHERE max > 0")
+    connection.close()
+    assert len((tmp_path / "sites.csv").read_text().splitlines()) == 4
+    assert len(Database(shared, "500MB").sql("FROM sites")) == 3
+
+
+def test_a_connection_opens_verified_files_only(shared: CoreStore, tmp_path: Path) -> None:
+    """A damaged file keeps the connection from being made."""
+    root = tmp_path / "copy"
+    shutil.copytree(shared.path, root)
+    data = bytearray((root / "tokens/00000.parquet").read_bytes())
+    data[50] ^= 4
+    (root / "tokens/00000.parquet").write_bytes(data)
+    with pytest.raises(DamagedFile, match=r"00000\.parquet in .* has changed"):
+        Database(CoreStore(root), "500MB").connect()
+
+
+def test_sums_of_integers_are_integers(database: Database) -> None:
+    """DuckDB adds in 128 bits; what fits into 64 is an integer everywhere, the rest is kept."""
+    answer = database.sql("SELECT sum(row_id) AS s FROM tokens")
+    assert answer.to_arrow().schema.field("s").type == pa.int64()
+    assert answer.df()["s"].dtype == np.int64
+    ((huge,),) = database.sql("SELECT sum(9223372036854775807) FROM tokens").rows()
+    assert int(huge) == (2**63 - 1) * 1801
 
 
 def test_layers_are_integers(database: Database) -> None:
@@ -194,9 +388,11 @@ def test_top_tokens_lists_the_strongest_rows(shared: CoreStore, database: Databa
 
 
 def test_top_tokens_of_an_unknown_site_says_what_there_is(database: Database) -> None:
-    """A misspelt site is an error, not an empty answer."""
-    with pytest.raises(QueryError, match=r"site mlp_pots\.1 is not in .*it has mlp_post"):
+    """A misspelt site or a neuron too many is an error, not an empty answer."""
+    with pytest.raises(QueryError, match=r"'mlp_pots\.1' is not in .*mean 'mlp_post\.0'\?"):
         database.sql("FROM top_tokens('mlp_pots.1', 4)")
+    with pytest.raises(QueryError, match=r"neuron = 11 is not at mlp_post\.10; .* 0 … 10\."):
+        database.sql("FROM top_tokens('mlp_post.10', 11)")
 
 
 def test_snippet_shows_the_source_text(shared: CoreStore, database: Database) -> None:
