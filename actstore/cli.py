@@ -56,6 +56,10 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
 def _escaped(text: str) -> str:
     """Return JSON in which no character acts on a terminal or ends a line: the same data."""
     from actstore.query import is_hidden
@@ -158,7 +162,7 @@ def capture_options(command: Command) -> Command:
 
 def echo(answer: Any, form: str | None) -> None:
     """Print an `Answer`."""
-    terminal = sys.stdout.isatty()
+    terminal = _is_terminal()
     form = form or ("table" if terminal else "json")
     if form == "table":
         click.echo(str(answer))

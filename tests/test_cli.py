@@ -1,7 +1,10 @@
 """The command line, in process."""
 
+import csv
+import io
 import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -114,6 +117,55 @@ def test_sql_errors_pass_on_what_duckdb_says(run, small_store):
 
     assert "neurons" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+HOSTILE = "a\x1b[2Jb\nc\td\u202ee\x7f\x9b\u2028\U000e0041<b>\"'=1+1, 語"
+
+
+def test_text_comes_out_of_every_format_as_it_is(run, small_store, tmp_path):
+    """JSON, CSV and Parquet give hostile text back to the last character, a row a line of JSON."""
+    query = "SELECT n, text FROM (VALUES (7, " + "'{}'), (NULL, '')) t(n, text)"
+    query = query.format(HOSTILE.replace("'", "''"))
+
+    as_json = run("sql", small_store.path, query, "--format", "json").stdout
+    as_csv = run("sql", small_store.path, query, "--format", "csv").stdout
+    as_parquet = run("sql", small_store.path, query, "--format", "parquet").stdout_bytes
+
+    assert [json.loads(line) for line in as_json.splitlines()] == [
+        {"n": 7, "text": HOSTILE},
+        {"n": None, "text": ""},
+    ]
+    assert as_json.replace("\n", "").isprintable()
+    assert "語" in as_json
+    read = list(csv.reader(io.StringIO(as_csv, newline="")))
+    assert read == [["n", "text"], ["7", HOSTILE], ["", ""]]
+    table = pq.read_table(pa.BufferReader(as_parquet))
+    assert table.to_pylist() == [{"n": 7, "text": HOSTILE}, {"n": None, "text": ""}]
+
+
+def test_a_terminal_gets_text_that_does_nothing(run, small_store, monkeypatch):
+    """On a terminal table and CSV show what would act; Parquet is refused."""
+    monkeypatch.setattr("actstore.cli._is_terminal", lambda: True)
+    query = "SELECT '{}' AS text".format(HOSTILE.replace("'", "''"))
+
+    for form in ((), ("--format", "csv"), ("--format", "json")):
+        printed = run("sql", small_store.path, query, *form).stdout
+        assert printed.replace("\n", "").isprintable()
+        assert len(printed.splitlines()) <= 2
+    refused = run("sql", small_store.path, query, "--format", "parquet", code=2)
+    assert "> answer.parquet" in refused.stderr
+
+
+def test_values_of_every_type_are_printed(run, small_store):
+    """Sums are numbers in JSON, NaN and infinity null; lists and dicts are JSON in CSV."""
+    query = (
+        "SELECT sum(n) AS s, any_value('inf'::DOUBLE) AS i, [1, 2] AS l, {'a': 1.5::DECIMAL(9, 2)} "
+        "AS d, DATE '2020-01-02' AS t, 1.5::DECIMAL(9, 2) AS x FROM range(5) t(n)"
+    )
+    (row,) = lines(run("sql", small_store.path, query))
+    assert row == {"s": 10, "i": None, "l": [1, 2], "d": {"a": 1.5}, "t": "2020-01-02", "x": 1.5}
+    printed = run("sql", small_store.path, query, "--format", "csv").stdout.splitlines()[1]
+    assert printed == '10,inf,"[1, 2]","{""a"": 1.5}",2020-01-02,1.50'
 
 
 def test_usage_errors_exit_2(run, small_store):

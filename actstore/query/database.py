@@ -102,7 +102,7 @@ class Database:
         It is not locked: it reads, writes, attaches and installs whatever DuckDB can, within
         DuckDB's own limits of memory.  All files behind the views are compared with their checksums
         first; what is published later is not in it.  Of the macros it has `top_tokens` and
-        `snippet`; an `Activations` comes in by ``connection.register(name, activations)``.  The caller
+        `snippet`; `Activations` come in by ``connection.register(name, activations)``.  The caller
         closes it.
 
         Raises

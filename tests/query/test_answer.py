@@ -87,3 +87,15 @@ def test_wide_characters_are_measured() -> None:
     """Cells of double width are cut where the cell ends."""
     line = repr(Answer(pa.table({"text": ["語" * 100], "n": [7]}))).splitlines()[1]
     assert line == "語" * 23 + "…  7"
+
+
+def test_text_of_any_length_is_printed_by_its_ends() -> None:
+    """A token of 100,000 characters fills a cell, not the memory of the terminal or notebook."""
+    text = "a" + "\u202e" * 99_998 + "z"
+    answer = Answer(pa.table({"token": [text], "before": [text]}))
+    (line,) = repr(answer).splitlines()[1:]
+    assert line.startswith("a\\u202e")
+    assert line.endswith("\\u202ez")
+    assert len(line) < 120
+    assert len(answer._repr_html_()) < 40_000
+    assert answer.rows() == [(text, text)]

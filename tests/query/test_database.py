@@ -251,7 +251,7 @@ def test_a_connection_of_ones_own(shared: CoreStore, tmp_path: Path) -> None:
     for name in VIEWS:
         connection.execute(f"FROM {name}").fetchall()
     assert connection.sql("FROM top_tokens('mlp_post.10', 4)").fetchall()
-    assert connection.sql("SELECT snippet(5)").fetchone() is not None
+    assert connection.sql("SELECT snippet(5)").fetchall()[0][0]
     driven = Activations(shared, "mlp_post.10", 4)
     counted = "SELECT count(*) FROM driven JOIN tokens USING (row_id)"
     assert connection.sql(counted).fetchall() == [(len(driven),)]
