@@ -56,6 +56,19 @@ def test_rows_take_an_sql_condition(small_store):
     assert factors.summary["rows"] == wanted
 
 
+def test_a_column_takes_an_sql_condition(small_store):
+    """Of a neuron's column a condition chooses the rows that SQL finds with it."""
+    wanted = "documents.source = 'text 2' AND position > 3"
+    column = small_store.activations("mlp_post.1", 7, rows=wanted)
+    found = small_store.sql(
+        "SELECT row_id, value FROM activations('mlp_post.1', 7) JOIN tokens USING (row_id) "
+        f"JOIN documents USING (document) WHERE {wanted} ORDER BY row_id"
+    )
+
+    assert column.to_arrow() == found.to_arrow()
+    assert 0 < len(column) < len(small_store.activations("mlp_post.1", 7))
+
+
 def test_rows_of_no_token_are_refused(small_store):
     """A condition that holds for no row says so, and what could be given."""
     with pytest.raises(ArgumentError, match="expected 'content', 'all', or an SQL condition"):

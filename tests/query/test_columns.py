@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
@@ -201,3 +202,15 @@ def test_columns_of_one_database_do_not_meet(shared: CoreStore) -> None:
         values = [value for _, value in expected(shared, neuron) if value is not None]
         found = database.sql(f"SELECT sum(value) FROM activations('{SITE}', {neuron})").rows()
         assert found == [(sum(values),)]
+
+
+def test_threads_may_ask_for_columns_at_once(shared: CoreStore) -> None:
+    """Columns and means of queries that run at the same time do not meet."""
+    database = Database(shared, "500MB")
+    queries = [f"SELECT sum(value) FROM activations('{SITE}', {neuron})" for neuron in range(11)]
+    queries += [f"SELECT sum(mean) FROM means('{SITE}', '{key}')" for key in ("source", "position")]
+    wanted = [database.sql(query).rows() for query in queries]
+    fresh = Database(shared, "500MB")
+    with ThreadPoolExecutor(4) as pool:
+        found = [answer.rows() for answer in pool.map(fresh.sql, queries)]
+    assert np.array(found).ravel() == pytest.approx(np.array(wanted).ravel())

@@ -167,6 +167,16 @@ def test_two_spaces(tmp_path: Path) -> None:
     assert found == by_hand(store, lambda token: token["document"], "decoder.mlp_post.1")
 
 
+def test_first_rows_are_left_out(tmp_path: Path) -> None:
+    """Where the first row of a window is a word it is still no content row."""
+    values = {SITE: np.random.default_rng(4).normal(size=(150, 3))}
+    store = synthetic_store(
+        tmp_path / "s", values, special=False, segment_rows=128, chunk_rows=64, context=30
+    )
+    found = table(Database(store, "200MB").sql(f"FROM means('{SITE}', 'document')"))
+    assert found == by_hand(store, lambda token: token["document"])
+
+
 def test_text_of_any_kind_is_a_key(database: Database) -> None:
     """Quotes and brackets in a key stay inside it."""
     key = """'a "quoted" ''name'', ' || document"""
