@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Sites = str | Site | Iterable[str | Site] | None
 Keep = str | float | Mapping[str, str | float] | None
 
+_REPLAYED_ROWS = 4096  # at a time, where one neuron of them is wanted
+
 
 class Store(CoreStore):
     """A store: for every site of a model, a matrix of activations, rows = tokens.
@@ -171,13 +173,21 @@ class Store(CoreStore):
         k: int = 20,
         *,
         largest: bool = True,
+        where: str | None = None,
+        distinct: str | None = None,
         before: int = 8,
         after: int = 8,
+        activations: bool = False,
+        replay: bool = False,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: str = "auto",
     ) -> Top:
         """Return the rows that drive a neuron most, with the text around them.
 
-        Exact for every k: from the index where it reaches, else by reading the neuron's column.
-        Content rows; order: value descending, row ascending.
+        Exact for every k and every condition: from the index where it reaches, else by reading the
+        chunks of the neuron's column that can matter.  Content rows; order: value descending, row
+        ascending.
 
         Parameters
         ----------
@@ -189,24 +199,65 @@ class Store(CoreStore):
             How many rows.
         largest : bool, default True
             False for the lowest values.
+        where : str, optional
+            SQL condition that the rows meet, over the columns of tokens and source, n_tokens and
+            metadata of documents: ``"source LIKE '%Lincoln%'"``, ``"text = ' war'"``.
+        distinct : {"window", "document"}, optional
+            At most one row of each, its best, so that a repeated sentence does not fill the list.
         before, after : int, default 8
             Tokens of context on either side.
+        activations : bool, default False
+            Add the columns tokens and values, the neuron over the text around each row (NULL where
+            a row is not stored), and place, which of the tokens is the row itself.
+        replay : bool, default False
+            The same, and values that are not stored are computed again, as by `replay`.
+        model, tokenizer, device
+            As for `replay`.
 
         Returns
         -------
         Top
-            A table with rank, row_id, value, document, position, token and its context.
+            A table with rank, row_id, value, document, position, token and its context;
+            ``.reached`` says how the rows were found.
 
         Raises
         ------
-        SiteNotFound, NeuronNotFound, ArgumentError
-            If there is no such site or neuron, or k < 1.
+        SiteNotFound, NeuronNotFound
+            If there is no such site or neuron.
+        QueryError
+            If `where` is not a condition on rows.
+        ArgumentError
+            If k < 1, or the site does not keep all rows and the index holds fewer than k.
         """
         from actstore.query import top
 
         before, after = as_count("before", before, 0), as_count("after", after, 0)
         k = as_count("k", k, 1, 2**62)
-        return top(self, site, neuron, k, largest=largest, before=before, after=after)
+
+        def again(row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+            values = np.empty(len(row_ids), np.float32)
+            for start in range(0, len(row_ids), _REPLAYED_ROWS):
+                some = slice(start, start + _REPLAYED_ROWS)
+                found = self.replay(
+                    row_ids[some], site, model=model, tokenizer=tokenizer, device=device
+                )
+                values[some] = found[self.site(site).site][:, neuron]
+            return values
+
+        return top(
+            self,
+            site,
+            neuron,
+            k,
+            largest=largest,
+            where=where,
+            distinct=distinct,
+            before=before,
+            after=after,
+            activations=activations,
+            replay=again if replay else None,
+            database=self._database,
+        )
 
     def nmf(
         self,
@@ -651,23 +702,16 @@ class Store(CoreStore):
         """Return the rows of a rule: ``"content"``, ``"all"``, or an SQL condition on tokens."""
         if rule in ("content", "all"):
             return self.rows(rule, space)
+        from actstore.query import Condition
+
         space = self.meta.spaces[0] if space is None else space
-        # Of documents only what tokens do not have: `text` is then the token's.
-        source = (
-            "FROM tokens JOIN (SELECT document, source, n_tokens, metadata FROM documents) "
-            "AS documents USING (document) WHERE "
-        )
-        # Alone first: a condition that closes our bracket would choose other rows than it says.
-        self.sql(f"SELECT row_id {source} {rule}\nLIMIT 0")
-        content = f"space = '{space}' AND NOT special AND NOT first"
-        found = self.sql(f"SELECT row_id {source} {content} AND ({rule}\n)")
-        ids = found.to_arrow().column("row_id").to_numpy()
-        if not len(ids):
+        found = Condition(self._database, self, rule, space, "rows").rows()
+        if not found.n_rows:
             raise ArgumentError(
                 f"rows = {rule!r} holds for no content row of {self.path}; expected 'content', "
                 "'all', or an SQL condition on the columns of tokens and documents."
             )
-        return Rows.from_row_ids(rule, self.meta.segment_rows, ids)
+        return found
 
     def dask(self, site: str | Site) -> tuple[dask.array.Array, npt.NDArray[np.int64]]:
         """Return a site as a plain dask array, and the row_id of each of its rows.

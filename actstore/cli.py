@@ -417,12 +417,29 @@ def sql(store: Path, query: str, form: str | None) -> None:
 @click.argument("neuron", type=int)
 @click.option("-k", default=20, help="How many rows.", show_default=True)
 @click.option("--smallest", is_flag=True, help="The lowest values instead of the highest.")
+@click.option("--where", metavar="SQL", help="Only rows that meet it: \"source LIKE '%1946%'\".")
+@click.option(
+    "--distinct",
+    type=click.Choice(["window", "document"]),
+    help="At most one row of each, its best.",
+)
+@click.option("--before", default=8, help="Tokens of context before each.", show_default=True)
+@click.option("--after", default=8, help="Tokens of context after each.", show_default=True)
+@click.option("--activations", is_flag=True, help="Add the neuron's values over the context.")
+@click.option("--replay", is_flag=True, help="The same, computing what is not stored again.")
+@click.option("--model", help="For --replay: the model, if its name in STORE does not lead there.")
+@click.option("--device", default="auto", help="For --replay: auto, cpu, cuda, …")
 @format_option
-def top(store: Path, site: str, neuron: int, k: int, smallest: bool, form: str | None) -> None:
-    """Show the tokens that drive NEURON of SITE most, in context."""
+def top(
+    store: Path, site: str, neuron: int, smallest: bool, form: str | None, **options: Any
+) -> None:
+    """Show the tokens that drive NEURON of SITE most, in context; how they were found on stderr."""
     import actstore
 
-    echo(actstore.open(store).top(site, neuron, k, largest=not smallest), form)
+    found = actstore.open(store).top(site, neuron, largest=not smallest, **options)
+    echo(found, form)
+    if (form or ("table" if sys.stdout.isatty() else "json")) != "table":
+        click.echo(f"({_shown(found.reached)})", err=True)
 
 
 @main.command(epilog=example("actstore nmf actstore-demo/store --components 16 --name sixteen"))

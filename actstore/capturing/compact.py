@@ -26,8 +26,6 @@ from actstore.capturing.lists import (
     GenerationReader,
     exemplars_name,
     pack,
-    site_file,
-    space_file,
     states_of,
     unpack,
 )
@@ -40,6 +38,7 @@ from actstore.folds.topk import Ranked, TopKState
 from actstore.folds.zones import ZonesState
 from actstore.store import CoreStore, Generation, SiteInfo, generations
 from actstore.store.budget import Progress
+from actstore.store.generations import site_file, space_file
 from actstore.store.segment_writer import PartialReader, drop_partials
 
 _MOMENTS, _HISTOGRAM = Moments(), Histogram()

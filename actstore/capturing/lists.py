@@ -27,6 +27,7 @@ from actstore.folds.topk import Ranked, TopKState, empty_list
 from actstore.folds.zones import ZonesState
 from actstore.site import Site
 from actstore.store import CoreStore, Generation, SiteInfo
+from actstore.store.generations import site_file, space_file
 from actstore.store.segment_writer import PartialReader
 
 Int64 = npt.NDArray[np.int64]
@@ -97,20 +98,9 @@ def states_of(store: CoreStore, info: SiteInfo) -> list[str]:
     return [state for state in STATES if state != "gram" or str(info.site) in store.meta.grams]
 
 
-def site_file(site: Site, kind: str, file: str) -> str:
-    """Return the path of a file of a site inside a generation."""
-    space = f"space={site.space}/" if site.space else ""
-    return f"{kind}/{space}hook={site.hook}/layer={site.layer}/{file}"
-
-
 def exemplars_name(site: Site) -> str:
     """Return the path of a site's exemplars inside a generation."""
     return site_file(site, "exemplars", "exemplars.parquet")
-
-
-def space_file(space: str, kind: str, file: str) -> str:
-    """Return the path of a file of all sites of a space inside a generation."""
-    return f"{kind}/space={space}/{file}" if space else f"{kind}/{file}"
 
 
 class GenerationReader:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actstore.capturing.lists import TOPK, site_file
+from actstore.capturing.lists import TOPK
 from actstore.capturing.plan import cut_windows
 from actstore.capturing.replay import Values, Window, run_windows, windows_of
 from actstore.errors import ArgumentError
@@ -42,6 +42,7 @@ from actstore.models import Encoded, LanguageModel
 from actstore.site import Site, summarize
 from actstore.store import FIRST, SPECIAL, CoreStore, Generation, SiteInfo
 from actstore.store.budget import Progress
+from actstore.store.generations import site_file
 from actstore.store.stored_rows import ALL, is_sample
 
 TOLERANCE = {

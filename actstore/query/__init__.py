@@ -2,6 +2,7 @@
 
 from actstore.query.answer import Answer, is_hidden, visible
 from actstore.query.columns import Activations
+from actstore.query.condition import Condition
 from actstore.query.context import Snippet, snippets
 from actstore.query.database import Database
 from actstore.query.schema import MACROS, VIEWS
@@ -12,6 +13,7 @@ __all__ = [
     "VIEWS",
     "Activations",
     "Answer",
+    "Condition",
     "Database",
     "Snippet",
     "Top",

@@ -86,6 +86,9 @@ class Answer:
         The rows.
     """
 
+    uncut: frozenset[str] = frozenset()
+    """Columns that are printed whole."""
+
     def __init__(self, table: pa.Table) -> None:
         # Rows are given as dicts, so every column needs a name of its own.
         self._table = _with_integers(table.rename_columns(_unique(table.column_names)))
@@ -124,7 +127,10 @@ class Answer:
         plain = [[visible(name) for name in self.columns], *([_plain(v) for v in r] for r in rows)]
         for cell_width in _CELL_WIDTHS:
             cells = [
-                [_fit(c, cell_width, n) for c, n in zip(row, self.columns, strict=True)]
+                [
+                    cell if name in self.uncut else _fit(cell, cell_width, name)
+                    for cell, name in zip(row, self.columns, strict=True)
+                ]
                 for row in plain
             ]
             shown = _columns_that_fit(cells, width)

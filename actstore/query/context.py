@@ -8,9 +8,10 @@ window first, then those of the windows before and after it, as far as they are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actstore.errors import ArgumentError
-from actstore.store import SPECIAL, CoreStore
+from actstore.store import SPECIAL, CoreStore, SiteInfo
 from actstore.store.rows import as_row_ids
+from actstore.store.stored_rows import ALL, NONE
+
+_SPECIAL_TOKENS = 4  # that may stand around a row before its neighbours are looked for further
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Snippet:
     """Its own text as it stands in the document; the name of a token that does not stand there."""
     after: str
     """Text of the tokens after it."""
+    tokens: tuple[str, ...]
+    """The tokens of all three one by one, each with the text between the one before and itself;
+    one that shares its characters with the token before has none of its own."""
+    token_rows: tuple[int, ...]
+    """The rows of these tokens."""
 
     def __str__(self) -> str:
         return f"{self.before}{self.token}{self.after}"
@@ -51,7 +60,7 @@ def snippets(
 ) -> list[Snippet]:
     """Return rows with the text around them, in the order given.
 
-    Reads the tokens of the segments and the documents that the rows lie in, each once.
+    Reads the row groups of tokens and documents that the rows lie in, each once.
 
     Parameters
     ----------
@@ -83,10 +92,47 @@ def snippets(
     return [snippet for snippet in found if snippet is not None]
 
 
+def values_at(
+    store: CoreStore, info: SiteInfo, neuron: int, row_ids: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Return a neuron at some committed rows, and at which of them it is stored.
+
+    Reads the chunks of one column that the rows lie in.
+    """
+    values = np.full(len(row_ids), np.nan, np.float32)
+    stored = np.zeros(len(row_ids), np.bool_)
+    if info.keep == NONE:
+        return values, stored
+    height = store.layout(info).chunk_rows
+    segments, offsets = np.divmod(row_ids, store.meta.segment_rows)
+    for segment in np.unique(segments).tolist():
+        mine = np.flatnonzero(segments == segment)
+        places = offsets[mine]
+        if info.keep != ALL:
+            kept = store.stored_offsets(info, segment)
+            mine = mine[np.isin(places, kept)]
+            places = store.positions(info, segment, offsets[mine])
+        if len(mine):
+            bands, which = np.unique(places // height, return_inverse=True)
+            found = store.read_column_of_bands(info, segment, neuron, bands)
+            values[mine] = found[which, places % height].astype(np.float32)
+            stored[mine] = True
+    return values, stored
+
+
+class _Place(NamedTuple):
+    """A token: where it lies in the text, and its row."""
+
+    start: int
+    end: int
+    row_id: int
+
+
 @dataclass
 class _Span:
     """Tokens in row order, as arrays."""
 
+    row_id: npt.NDArray[np.int64]
     document: npt.NDArray[np.int64]
     window_id: npt.NDArray[np.int64]
     position: npt.NDArray[np.int32]
@@ -103,44 +149,66 @@ class _Span:
 
 @dataclass
 class _Reader:
-    """Makes snippets, keeping the last segment and document it read; quick for ascending rows."""
+    """Makes snippets, keeping the last document it read; quick for ascending rows."""
 
     store: CoreStore
     space: str
-    _segment: tuple[int, _Span] | None = None
     _document: dict[str, Any] = field(default_factory=lambda: {"document": None})
     _windows: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def snippet(self, row_id: int, before: int, after: int) -> Snippet:
         self.store.check_row(row_id, self.space)
-        segment, place = divmod(row_id, self.store.meta.segment_rows)
-        span = self._tokens(segment)
+        span = self._tokens(row_id, before, after)
+        place = row_id - int(span.row_id[0])  # a segment has no hole but at its end
         document = int(span.document[place])
         row = self._text_of(document)
         text = str(row["text"] or "")
         start, end = int(span.char_start[place]), int(span.char_end[place])
-        left = self._neighbours(segment, place, before, -1)
-        right = self._neighbours(segment, place, after, 1)
+        left = self._neighbours(span, place, before, -1)
+        right = self._neighbours(span, place, after, 1)
         if end > start:
             token = text[start:end]
         else:  # not in the text: it stands between its neighbours
             token = self._vocabulary_text(int(span.token_id[place]))
-            start = left[0][1] if left else right[0][0] if right else 0
-            end = right[0][0] if right else start
+            start = left[0].end if left else right[0].start if right else 0
+            end = right[0].start if right else start
+        first = left[-1].start if left else start
+        cuts = _cuts(first, start, left[::-1])
+        later = _cuts(end, right[-1].end if right else end, right)
+        tokens = [text[a:b] for a, b in itertools.pairwise(cuts)]
+        tokens.append(text[cuts[-1] : start] + token)
+        tokens += [text[a:b] for a, b in itertools.pairwise(later)]
         return Snippet(
             row_id,
             document,
             str(row["source"]),
             int(span.position[place]),
-            text[left[-1][0] : start] if left else "",
+            text[first:start],
             token,
-            text[end : right[-1][1]] if right else "",
+            text[end : right[-1].end] if right else "",
+            tuple(tokens),
+            (*(p.row_id for p in left[::-1]), row_id, *(p.row_id for p in right)),
         )
 
-    def _tokens(self, segment: int) -> _Span:
-        if self._segment is None or self._segment[0] != segment:
-            self._segment = segment, _Span.of(self.store.tokens(segment, self.space))
-        return self._segment[1]
+    def _tokens(self, row_id: int, before: int, after: int) -> _Span:
+        """Return the tokens of a row and around it in its segment, as far as neighbours lie."""
+        size = self.store.meta.segment_rows
+        segment = row_id // size
+        planned = self.store.planned[segment]
+        first, stop = segment * size, segment * size + planned.rows[self.space]
+        beyond = _SPECIAL_TOKENS
+        while True:
+            low, high = row_id - before - beyond, row_id + 1 + after + beyond
+            span = self._span(planned.part, max(first, low), min(stop, high))
+            n_special = int(np.count_nonzero(span.flags & SPECIAL))
+            if n_special <= beyond or len(span.row_id) == stop - first:
+                return span
+            beyond = 2 * n_special
+
+    def _span(self, part: int, start: int, stop: int) -> _Span:
+        return _Span.of(
+            self.store.tokens_tables.span(self.store.parts[part], start, stop, self.space)
+        )
 
     def _text_of(self, document: int) -> dict[str, Any]:
         if self._document["document"] != document:
@@ -152,9 +220,8 @@ class _Reader:
         found = pc.index(vocabulary.column("token_id"), token_id).as_py()
         return "" if found < 0 else str(vocabulary.column("text")[found].as_py())
 
-    def _neighbours(self, segment: int, place: int, n: int, step: int) -> list[tuple[int, int]]:
-        """Return the places in the text of the `n` next tokens in a direction, nearest first."""
-        span = self._tokens(segment)
+    def _neighbours(self, span: _Span, place: int, n: int, step: int) -> list[_Place]:
+        """Return the `n` next tokens in a direction, nearest first."""
         found = _walk(span, place + step, n, step, int(span.window_id[place]))
         if len(found) == n:
             return found
@@ -163,23 +230,22 @@ class _Reader:
             left = at if step < 0 else int(self._document["n_tokens"]) - at - 1
             if len(found) >= left:
                 return found
-        for first_row, n_rows in self._windows_beyond(segment, place, step):
+        row_id, document = int(span.row_id[place]), int(span.document[place])
+        for first_row, n_rows in self._windows_beyond(row_id, document, step):
             other = first_row // self.store.meta.segment_rows
             if other not in self.store.committed:
                 break
-            part = self.store.parts[self.store.planned[other].part]
-            table = self.store.tokens_tables.span(part, first_row, first_row + n_rows, self.space)
-            tokens = _Span.of(table)
-            start = len(table) - 1 if step < 0 else 0
+            tokens = self._span(self.store.planned[other].part, first_row, first_row + n_rows)
+            start = n_rows - 1 if step < 0 else 0
             found += _walk(tokens, start, n - len(found), step, int(tokens.window_id[0]))
             if len(found) == n:
                 break
         return found
 
-    def _windows_beyond(self, segment: int, place: int, step: int) -> Iterator[tuple[int, int]]:
+    def _windows_beyond(self, row_id: int, document: int, step: int) -> Iterator[tuple[int, int]]:
         """Yield first row and rows of the document's windows in a direction, nearest first."""
-        document = int(self._tokens(segment).document[place])
         if document not in self._windows:
+            segment = row_id // self.store.meta.segment_rows
             part = self.store.parts[self.store.planned[segment].part]
             name = part.file("windows")
             self.store.verifier.check({name: part.files[name]})
@@ -192,18 +258,27 @@ class _Reader:
                 zip(table["first_row"].to_pylist(), table["rows"].to_pylist(), strict=True)
             )
         windows = self._windows[document]
-        row_id = segment * self.store.meta.segment_rows + place
         own = next(i for i, (row, n) in enumerate(windows) if row <= row_id < row + n)
         yield from windows[own + 1 :] if step > 0 else windows[:own][::-1]
 
 
-def _walk(span: _Span, place: int, n: int, step: int, window_id: int) -> list[tuple[int, int]]:
-    """Return where the next `n` tokens of a window lie in the text, special ones left out."""
-    found: list[tuple[int, int]] = []
+def _walk(span: _Span, place: int, n: int, step: int, window_id: int) -> list[_Place]:
+    """Return the next `n` tokens of a window, special ones left out."""
+    found: list[_Place] = []
     while (
         len(found) < n and 0 <= place < len(span.window_id) and (span.window_id[place] == window_id)
     ):
         if not span.flags[place] & SPECIAL:
-            found.append((int(span.char_start[place]), int(span.char_end[place])))
+            columns = (span.char_start, span.char_end, span.row_id)
+            found.append(_Place(*(int(column[place]) for column in columns)))
         place += step
     return found
+
+
+def _cuts(start: int, end: int, places: Sequence[_Place]) -> list[int]:
+    """Return where a stretch of a text is cut: at its start, and where each of its tokens ends."""
+    cuts = [start]
+    for place in places:
+        # Pieces of one character share it: the first of them has it.
+        cuts.append(min(max(place.end, cuts[-1]), end))
+    return cuts

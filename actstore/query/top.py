@@ -1,42 +1,60 @@
-"""The strongest rows of a neuron, exactly, for any number of them and whatever is committed.
+"""The strongest rows of a neuron, exactly, for any number of them and any subset.
 
-The index keeps the highest and lowest hundred values of every neuron over the segments it covers.
-Where that is enough it is read; segments it does not cover are scanned and merged in; and where it
-is not enough the whole stored column is scanned.  The order is total, so every way gives the same
-rows: value first, then row, ascending; NaN never enters, and -0.0 equals 0.0.  Where a site does
-not store every row a scan would be wrong, so what the index cannot answer is refused.
+The index keeps the highest and lowest hundred values of every neuron over the segments it covers,
+and the highest of a hundred windows.  Each list is the beginning of a total order (value, then row,
+ascending; NaN never enters, and -0.0 equals 0.0), so of a subset it gives the first places too:
+those of its rows that belong to it.  Where these are enough the list is read, and segments that it
+does not cover are scanned; where they are not, the stored column is scanned, bands that cannot
+matter left out (`actstore.query.pruned`).  Every way gives the same rows.  Where a site does not
+store every row a scan would be wrong, so what the index cannot answer is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import index as as_integer
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from actstore.errors import ArgumentError, NeuronNotFound
-from actstore.query.answer import Answer
-from actstore.query.context import snippets
+from actstore.errors import ActstoreError, ArgumentError, NeuronNotFound
+from actstore.query.answer import Answer, visible
+from actstore.query.condition import Condition
+from actstore.query.context import Snippet, snippets, values_at
+from actstore.query.database import Database
+from actstore.query.pruned import Best, Question, bands_of, bound_of, scan
 from actstore.site import Site
-from actstore.store import FIRST, SPECIAL, CoreStore, Generation, SiteInfo
+from actstore.store import CoreStore, Generation, SiteInfo
 from actstore.store.stored_rows import ALL, keep_text
 
 Ids = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float32]
+Replay = Callable[[Ids], Values]
+"""Computes a neuron again at some rows."""
+
+GROUPS = {"window": "window_id", "document": "document"}
+"""What rows can be distinct by, and the column of the token index that tells them apart."""
+
+_BEFORE, _TOKEN, _AFTER = 36, 24, 36  # characters of a printed context
+_PRINTED = ("rank", "value", "context", "document", "position", "row_id", "source")
 
 
 class Top(Answer):
     """The strongest rows of a neuron, and how they were reached.
 
+    It prints the text around each row in one column, the row's own token in ``⟦⟧``.
+
     Parameters
     ----------
     table : pyarrow.Table
-        Columns rank, row_id, value, document, position, token, before, after, source.
+        Columns rank, row_id, value, document, position, token, before, after, source; with
+        activations also tokens, values and place.
     reached : str
-        How: ``"index"``, ``"index + 2 segments scanned"``, or ``"column scan: …"``.
+        How: ``"index"``, ``"index + 2 segments scanned"``, ``"pruned scan: 214 of 1,024 chunks
+        read"`` or ``"column scan: …"``.
     """
 
     def __init__(self, table: pa.Table, reached: str) -> None:
@@ -44,7 +62,38 @@ class Top(Answer):
         self.reached = reached
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\n({self.reached})"
+        return f"{self._printed()!r}\n({self.reached})"
+
+    def _repr_html_(self) -> str:
+        return self._printed()._repr_html_()
+
+    def _printed(self) -> Answer:
+        table = self.to_arrow()
+        texts = zip(
+            *(table[name].to_pylist() for name in ("before", "token", "after")), strict=True
+        )
+        contexts = pa.array([_in_context(*text) for text in texts], pa.string())
+        return _Printed(table.append_column("context", contexts).select(_PRINTED))
+
+
+class _Printed(Answer):
+    """A table whose contexts are as long as they are to be."""
+
+    uncut = frozenset({"context"})
+
+
+def _in_context(before: str, token: str, after: str) -> str:
+    """Return a token marked in its context, cut so that tokens stand below each other.
+
+    >>> _in_context("to ", "war", " with").strip()
+    'to ⟦war⟧ with'
+    """
+    left, right = visible(before[-_BEFORE:]), visible(after[:_AFTER])
+    middle = visible(token[: _TOKEN + 1])
+    left = f"…{left[1 - _BEFORE :]}" if len(before) > _BEFORE or len(left) > _BEFORE else left
+    right = f"{right[: _AFTER - 1]}…" if len(after) > _AFTER or len(right) > _AFTER else right
+    middle = f"{middle[: _TOKEN - 1]}…" if len(middle) > _TOKEN else middle
+    return f"{left:>{_BEFORE}}⟦{middle}⟧{right}"
 
 
 def top(
@@ -54,14 +103,19 @@ def top(
     k: int = 20,
     *,
     largest: bool = True,
+    where: str | None = None,
+    distinct: str | None = None,
     before: int = 8,
     after: int = 8,
+    activations: bool = False,
+    replay: Replay | None = None,
+    database: Database | None = None,
 ) -> Top:
     """Return the rows where a neuron is strongest, with the text around them.
 
     Exact over all committed content rows (neither special nor first), whether they are stored or
-    not.  From the index it costs milliseconds; a scan reads one column, 2 to 4 bytes a row, and the
-    token index.
+    not.  From the index it costs milliseconds; a scan reads the chunks of one column that can
+    matter, and of the token index the columns it needs.
 
     Parameters
     ----------
@@ -75,8 +129,20 @@ def top(
         Rows to return; all of them if there are fewer.
     largest : bool, default True
         The highest values; False for the lowest.
+    where : str, optional
+        SQL condition that the rows meet, over the columns of tokens and over source, n_tokens and
+        metadata of documents, such as ``"source LIKE '%Lincoln%'"``.
+    distinct : {"window", "document"}, optional
+        Give at most one row of each, its best.
     before, after : int, default 8
         Tokens of context on either side.
+    activations : bool, default False
+        Add the columns tokens and values, the neuron over the tokens of each snippet (NULL where a
+        row is not stored), and place, which of them is the row.
+    replay : callable, optional
+        Computes the values that are not stored; implies `activations`.
+    database : Database, optional
+        Evaluates `where`; by default one of its own.
 
     Returns
     -------
@@ -89,49 +155,75 @@ def top(
         If the store does not have the site.
     NeuronNotFound
         If the site does not have the neuron.
+    QueryError
+        If `where` is not a condition.
     ArgumentError
-        If `k` is not a positive integer, or `before` or `after` is negative; or if not all rows
-        are stored, and the index holds fewer than `k` or does not cover all segments.
+        If `k` is not a positive integer, `distinct` is none of the two, or `before` or `after` is
+        negative; or if not all rows are stored, and the index holds fewer than `k` or does not
+        cover all segments.
     """
     info = store.site(site)
     neuron, k = _checked(store, info, neuron, k)
-    space = info.site.space
-    found = _best_in_index(store, info, neuron, k, largest)
-    if info.keep != ALL:
-        _check_answered(store, info, neuron, k, largest, found is not None)
-    if found is None:
-        ids, values, n_values = _scan(store, info, neuron, k, largest, store.committed)
-        rows = sum(store.committed_rows(space).values())
-        reached = f"column scan: {_count(len(store.committed), 'segment')}, {_count(rows, 'row')}"
-        if n_values < k:
-            reached += f"; k = {k:,}, and there are {n_values:,} content rows with a value"
-    else:
-        ids, values, covers = found
-        missing = sorted(set(store.committed) - set(covers))
-        reached = "index"
-        if missing:
-            more_ids, more_values, _ = _scan(store, info, neuron, k, largest, missing)
-            ids, values = _best(
-                np.concatenate([ids, more_ids]), np.concatenate([values, more_values]), k, largest
-            )
-            reached += f" + {_count(len(missing), 'segment')} scanned"
-        if len(ids) < k:  # the list is all there is
-            reached += f"; k = {k:,}, and there are {len(ids):,} content rows with a value"
-    around = snippets(store, ids, before, after, space)
-    table = pa.table(
-        {
-            "rank": pa.array(range(1, len(ids) + 1), pa.int32()),
-            "row_id": pa.array(ids, pa.int64()),
-            "value": pa.array(values, pa.float32()),
-            "document": pa.array([s.document for s in around], pa.int64()),
-            "position": pa.array([s.position for s in around], pa.int32()),
-            "token": pa.array([s.token for s in around], pa.string()),
-            "before": pa.array([s.before for s in around], pa.string()),
-            "after": pa.array([s.after for s in around], pa.string()),
-            "source": pa.array([s.source for s in around], pa.string()),
-        }
-    )
-    return Top(table, reached)
+    if distinct is not None and distinct not in GROUPS:
+        raise ArgumentError(f"distinct = {distinct!r}; expected 'window', 'document' or None.")
+    question = Question(info, neuron, k, bool(largest), GROUPS[distinct] if distinct else None)
+    condition = None
+    if where is not None:
+        database = Database(store) if database is None else database
+        condition = Condition(database, store, where, info.site.space)
+    while True:
+        generation = store.index()
+        try:
+            ids, values, reached = _Search(store, question, generation, condition).answer()
+            break
+        except (ActstoreError, OSError):
+            # A capture that goes on may replace the generation of the index under our hands.
+            newest = store.index()
+            if (newest and newest.number) == (generation and generation.number):
+                raise
+    around = snippets(store, ids, before, after, info.site.space)
+    columns = {
+        "rank": pa.array(range(1, len(ids) + 1), pa.int32()),
+        "row_id": pa.array(ids, pa.int64()),
+        "value": pa.array(values, pa.float32()),
+        "document": pa.array([s.document for s in around], pa.int64()),
+        "position": pa.array([s.position for s in around], pa.int32()),
+        "token": pa.array([s.token for s in around], pa.string()),
+        "before": pa.array([s.before for s in around], pa.string()),
+        "after": pa.array([s.after for s in around], pa.string()),
+        "source": pa.array([s.source for s in around], pa.string()),
+    }
+    if activations or replay is not None:
+        columns |= _over_snippets(store, info, neuron, values, around, replay)
+    return Top(pa.table(columns), reached)
+
+
+def _over_snippets(
+    store: CoreStore,
+    info: SiteInfo,
+    neuron: int,
+    values: Values,
+    around: Sequence[Snippet],
+    replay: Replay | None,
+) -> dict[str, pa.Array]:
+    """Return the tokens of snippets, the neuron at each, and which of them is the row itself."""
+    rows = np.array([row for s in around for row in s.token_rows], np.int64)
+    wanted, back = np.unique(rows, return_inverse=True)
+    found, known = values_at(store, info, neuron, wanted)
+    # The rows themselves are known from the answer, in the order of the total order.
+    own = np.searchsorted(wanted, np.array([s.row_id for s in around], np.int64))
+    found[own], known[own] = values, True
+    if replay is not None and not known.all():
+        found[~known] = replay(wanted[~known])
+        known[:] = True
+    ends = np.cumsum([0, *(len(s.tokens) for s in around)])
+    flat = pa.array(found[back], pa.float32(), mask=~known[back])
+    tokens = [token for s in around for token in s.tokens]
+    return {
+        "tokens": pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(tokens, pa.string())),
+        "values": pa.ListArray.from_arrays(ends.astype(np.int32), flat),
+        "place": pa.array([s.token_rows.index(s.row_id) for s in around], pa.int32()),
+    }
 
 
 def _checked(store: CoreStore, info: SiteInfo, neuron: int, k: int) -> tuple[int, int]:
@@ -149,123 +241,160 @@ def _checked(store: CoreStore, info: SiteInfo, neuron: int, k: int) -> tuple[int
     return neuron, k
 
 
-def _best_in_index(
-    store: CoreStore, info: SiteInfo, neuron: int, k: int, largest: bool
-) -> tuple[Ids, Values, tuple[int, ...]] | None:
-    """Return the best k rows of the covered segments, or None if the index does not hold so many.
+@dataclass(frozen=True)
+class _First:
+    """The first places of an answer over the covered segments."""
 
-    A list shorter than k may be all there is, or as long as the index makes them; a scan can tell,
-    and where not all rows are stored, the number of values that the neuron had.
-    """
-    generation = store.index()
-    if generation is None:
-        return None
-    table = _list(store, generation, info, neuron, k, largest)
-    if table is None:
-        return None
-    if len(table) < k and (
-        info.keep == ALL or len(table) < _n_values(store, generation, info, neuron)
-    ):
-        return None
-    ids, values = table["row_id"].to_numpy(), table["value"].to_numpy()
-    return *_best(ids, values, k, largest), generation.covers
+    ids: Ids
+    values: Values
+    groups: Ids
+    n_listed: int
+    """Rows of the list they come from."""
+    complete: bool
+    """Whether there are no further ones."""
 
 
-def _list(
-    store: CoreStore, generation: Generation, info: SiteInfo, neuron: int, k: int, largest: bool
-) -> pa.Table | None:
-    """Return the first k places of a neuron's list: row_id and value; None if there is no list."""
-    name = _exemplar_file(generation, info)
-    if name is None:
-        return None
-    store.verifier.check({name: generation.files[name]})
-    side = "top" if largest else "bottom"
-    return pq.read_table(
-        store.path / name,
-        columns=["row_id", "value"],
-        filters=[("neuron", "=", neuron), ("side", "=", side), ("rank", "<=", k)],
-    )
+class _Search:
+    """One search for the best rows, on one state of the store."""
 
+    def __init__(
+        self,
+        store: CoreStore,
+        question: Question,
+        generation: Generation | None,
+        condition: Condition | None,
+    ) -> None:
+        self._store = store
+        self._question = question
+        self._generation = generation
+        self._condition = condition
+        self._committed: Sequence[int] = store.committed
+        self._covers = generation.covers if generation else ()
 
-def _n_values(store: CoreStore, generation: Generation, info: SiteInfo, neuron: int) -> int:
-    """Return how many content rows of the covered segments have a value of a neuron."""
-    name = f"{generation.folder}/neurons.parquet"
-    store.verifier.check({name: generation.files[name]})
-    table = pq.read_table(
-        store.path / name,
-        columns=["n"],
-        filters=[("site", "=", str(info.site)), ("neuron", "=", neuron)],
-    )
-    return int(table["n"][0].as_py())
+    def answer(self) -> tuple[Ids, Values, str]:
+        """Return the rows, their values, and how they were reached."""
+        k, info = self._question.k, self._question.info
+        first = self._first_places()
+        answered = first is not None and (first.complete or len(first.ids) >= k)
+        missing = sorted(set(self._committed) - set(self._covers))
+        if info.keep != ALL:
+            self._check_answered(first, answered, missing)
+        best = Best(self._question)
+        if first is not None and answered:
+            best.add(first.ids, best.keys(first.values), first.groups)
+            reached = "index"
+            if missing:
+                reached += f" + {_count(len(missing), 'segment')} scanned"
+                rows = self._condition.rows(missing) if self._condition else None
+                bands = bands_of(self._store, self._question, missing, None, (), rows)
+                scan(self._store, self._question, bands, rows, best)
+        else:
+            best, reached = self._scan()
+        ids, values = best.rows()
+        if len(ids) < k:
+            reached += f"; k = {k:,}, and there are {self._what(len(ids))}"
+        n_planned = len(self._store.planned)
+        if len(self._committed) < n_planned:
+            so_far = "" if self._store.plan_complete else " planned so far"
+            reached += f"; {len(self._committed):,} of {n_planned:,} segments{so_far} are committed"
+        return ids, values, reached
 
+    def _scan(self) -> tuple[Best, str]:
+        """Return the best rows by scanning the column, as little of it as will do."""
+        store, question, generation = self._store, self._question, self._generation
+        rows = self._condition.rows(self._committed) if self._condition else None
+        zones = None
+        if generation is not None:
+            zones = store.index_tables.zones(generation, question.info, question.neuron)
+        bands = bands_of(store, question, self._committed, zones, self._covers, rows)
+        best = Best(question, bound_of(question, bands, rows))
+        n_read = scan(store, question, bands, rows, best)
+        height = store.meta.chunk_rows
+        counts = store.committed_rows(question.info.site.space)
+        n_rows = sum(counts[s] for s in self._committed)
+        n_chunks = sum(-(-counts[s] // height) for s in self._committed)
+        if n_read < n_chunks:
+            reached = f"pruned scan: {n_read:,} of {n_chunks:,} chunks read"
+        else:
+            segments = _count(len(self._committed), "segment")
+            reached = f"column scan: {segments}, {_count(n_rows, 'row')}"
+        if rows is not None:
+            reached += f"; {_count(rows.n_rows, 'content row')} meet the condition"
+        return best, reached
 
-def _check_answered(
-    store: CoreStore, info: SiteInfo, neuron: int, k: int, largest: bool, found: bool
-) -> None:
-    """Raise `ArgumentError` unless the index answers alone: a scan would miss rows."""
-    generation = store.index()
-    why = (
-        f"not every row of {info.site} is stored in {store.path} (keep = {keep_text(info.keep)!r})"
-    )
-    covers = generation.covers if generation else ()
-    if missing := len(set(store.committed) - set(covers)):
+    def _first_places(self) -> _First | None:
+        """Return the first places as far as the lists of the index tell; None without lists."""
+        question, generation = self._question, self._generation
+        if generation is None:
+            return None
+        info, neuron, tables = question.info, question.neuron, self._store.index_tables
+        side = "top" if question.largest else "bottom"
+        found = None
+        # The best row of a window that meets a condition need not be the best of the window.
+        if question.group is not None and question.largest and self._condition is None:
+            found = tables.ranked(generation, info, neuron, "window")
+        if found is None or not len(found.row_ids):
+            found = tables.ranked(generation, info, neuron, side)
+            if found is None:
+                return None
+        n_listed = len(found.row_ids)
+        ids, values, documents = found.row_ids, found.values, found.documents
+        if self._condition is not None:
+            met = self._condition.met_by(ids)
+            ids, values, documents = ids[met], values[met], documents[met]
+        groups = np.empty(0, np.int64)
+        if question.group is not None:
+            groups = documents if question.group == "document" else self._windows_of(ids)
+            _, firsts = np.unique(groups, return_index=True)
+            firsts = np.sort(firsts)
+            ids, values, groups = ids[firsts], values[firsts], groups[firsts]
+        complete = len(ids) < question.k and (
+            n_listed < found.longest or n_listed == tables.n_values(generation, info, neuron)
+        )
+        return _First(ids, values, groups, n_listed, complete)
+
+    def _windows_of(self, ids: Ids) -> Ids:
+        size, space = self._store.meta.segment_rows, self._question.info.site.space
+        columns: dict[int, npt.NDArray[Any]] = {}
+        for segment in np.unique(ids // size).tolist():
+            columns[segment] = self._store.token_column(segment, "window_id", space)
+        return np.array([columns[i // size][i % size] for i in ids.tolist()], np.int64)
+
+    def _what(self, n: int) -> str:
+        """Return in words what there are n of."""
+        met = " that meet the condition" if self._condition else ""
+        if self._question.group is None:
+            return f"{n:,} content rows with a value{met}"
+        kind = next(name for name, column in GROUPS.items() if column == self._question.group)
+        return f"{n:,} {kind}s with such a row{met}"
+
+    def _check_answered(self, first: _First | None, answered: bool, missing: list[int]) -> None:
+        """Raise `ArgumentError` unless the index answers alone: a scan would miss rows."""
+        store, info, k = self._store, self._question.info, self._question.k
+        why = (
+            f"not every row of {info.site} is stored in {store.path} (keep = "
+            f"{keep_text(info.keep)!r})"
+        )
+        if missing:
+            raise ArgumentError(
+                f"the index does not cover {_count(len(missing), 'segment')} yet, and they cannot "
+                f"be scanned: {why}. Run `actstore finish {store.path}`, or store.finish(), first."
+            )
+        if self._generation is None or answered:
+            return
+        n = 0 if first is None else len(first.ids)
+        of_what, without = "", ""
+        if self._condition is not None or self._question.group is not None:
+            given = [f"where = {self._condition.text!r}"] if self._condition else []
+            given += ["distinct"] if self._question.group is not None else []
+            of_what = f" with {' and '.join(given)}"
+            n_listed = 0 if first is None else first.n_listed
+            without = f", without them for k <= {n_listed}"
+        ask = f"Ask for k <= {n}" if n else "Nothing can be said of the first place"
         raise ArgumentError(
-            f"the index does not cover {_count(missing, 'segment')} yet, and they cannot be "
-            f"scanned: {why}. Run `actstore finish {store.path}`, or store.finish(), first."
+            f"k = {k:,} is more than the index holds{of_what}, and the column cannot be scanned: "
+            f"{why}. {ask}{without}, or capture into a new store with keep='all' (--keep all)."
         )
-    if generation and not found:
-        table = _list(store, generation, info, neuron, k, largest)
-        raise ArgumentError(
-            f"k = {k:,} is more than the index holds, and the column cannot be scanned: {why}. "
-            f"Ask for k <= {0 if table is None else len(table)}, or capture into a new store with "
-            "keep='all' (--keep all)."
-        )
-
-
-def _exemplar_file(generation: Generation, info: SiteInfo) -> str | None:
-    site = info.site
-    space = f"space={site.space}/" if site.space else ""
-    folder = f"exemplars/{space}hook={site.hook}/layer={site.layer}/"
-    return next(iter(generation.named(folder)), None)
-
-
-def _scan(
-    store: CoreStore,
-    info: SiteInfo,
-    neuron: int,
-    k: int,
-    largest: bool,
-    segments: Iterable[int],
-) -> tuple[Ids, Values, int]:
-    """Return the best k content rows of segments, from the column, and how many have a value."""
-    ids, values = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-    n_values = 0
-    for segment in segments:
-        column = store.read_column(info, segment, neuron).astype(np.float32)
-        column += 0.0  # -0.0 becomes 0.0, as in the index
-        flags = store.tokens(segment, info.site.space).column("flags").to_numpy()
-        usable = ((flags & (SPECIAL | FIRST)) == 0) & ~np.isnan(column)
-        n_values += int(np.count_nonzero(usable))
-        if len(values) == k:  # equal values come after those of earlier rows, so they are out
-            usable &= column > values[-1] if largest else column < values[-1]
-        offsets = np.flatnonzero(usable)
-        ids, values = _best(
-            np.concatenate([ids, offsets + segment * store.meta.segment_rows]),
-            np.concatenate([values, column[offsets]]),
-            k,
-            largest,
-        )
-    return ids, values, n_values
-
-
-def _best(ids: Ids, values: Values, k: int, largest: bool) -> tuple[Ids, Values]:
-    """Return the best k rows: by value, then by row."""
-    keys = -values if largest else values
-    if len(keys) > k:
-        near = np.flatnonzero(keys <= np.partition(keys, k - 1)[k - 1])
-        ids, values, keys = ids[near], values[near], keys[near]
-    order = np.lexsort((ids, keys))[:k]
-    return ids[order], values[order]
 
 
 def _count(n: int, what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import Any
 
@@ -14,7 +15,6 @@ from actstore.shard.layout import ShardLayout, bits_of, check_dtype, column_slic
 from actstore.shard.stack import RowStack
 
 _SCRATCH_BYTES = 1 << 17  # of rows that are scattered; in the second cache of any processor
-_STRIP_BYTES = 1 << 18  # of a column's rows; larger ones leave the second cache of many processors
 _RESTORE = "Restore it from a copy, or capture into a new store."
 
 
@@ -196,26 +196,71 @@ class ShardReader:
         ArgumentError
             If the rows are outside the shard, or `out` has another shape or dtype.
         """
+        stop = self.rows_present if stop is None else stop
+        bands = self._bands(start, stop)
+        out = self._result(out, (stop - start,))
+        self._fill_column(column, bands, bits_of(out))
+        return out
+
+    def read_column_of_bands(self, column: int, bands: NDArray[np.int64]) -> NDArray[Any]:
+        """Return one column of some bands: what lies between them is not touched.
+
+        Parameters
+        ----------
+        column : int
+            The column, from 0.
+        bands : ndarray of int64 (n,)
+            The bands, best ascending; band ``b`` holds the rows from ``b * chunk_rows``.
+
+        Returns
+        -------
+        ndarray (n, chunk_rows)
+            The values; NaN beyond the last row of the shard.
+
+        Raises
+        ------
+        NeuronNotFound
+            If there is no such column.
+        DamagedFile
+            If a chunk is damaged or missing.
+        """
+        height = self._layout.chunk_rows
+        out = np.empty((len(bands), height), self._layout.numpy_dtype)
+        for band in bands.tolist():
+            self._require(band, 0)
+        wanted = [(band, 0, height, i * height) for i, band in enumerate(bands.tolist())]
+        self._fill_column(column, wanted, bits_of(out).reshape(-1))
+        return out
+
+    def _fill_column(
+        self, column: int, bands: list[tuple[int, int, int, int]], target: NDArray[Any]
+    ) -> None:
+        """Put one column of rows of some bands, as `_bands` names them, into their places."""
         layout = self._layout
         if not 0 <= column < layout.width:
             raise NeuronNotFound(
                 f"column = {column} is not in {self._label}; expected 0 … {layout.width - 1}."
             )
-        stop = self.rows_present if stop is None else stop
-        bands = self._bands(start, stop)
-        out = self._result(out, (stop - start,))
-        target = bits_of(out)
         c, inside = divmod(column, layout.chunk_columns)
-        buffer = self._buffer()
-        strip_rows = max(1, _STRIP_BYTES // layout.row_bytes)
-        for band, first, last, offset in bands:
-            # A strip stays in the processor's cache; to map the file instead takes twice as long.
-            step = strip_rows if self.verified[band, c] else layout.chunk_rows
-            for low in range(first, last, step):
-                high = min(low + step, last)
-                rows = self._rows_of_chunk(band, c, low, high, buffer)
-                target[offset + low - first : offset + high - first] = rows[:, inside]
-        return out
+        self._check_size()  # past its end a mapping kills the process instead of raising
+        buffer = None
+        # Mapped for this call alone: a mapping kept would leave every page ever touched resident.
+        with mmap.mmap(self._fd, self._n_bytes, access=mmap.ACCESS_READ) as mapped:
+            for band, first, last, offset in bands:
+                if self.verified[band, c]:
+                    start_of_row = self._offset(band, c) + first * layout.row_bytes
+                    values = np.ndarray(
+                        (last - first,),
+                        target.dtype,
+                        mapped,
+                        start_of_row + inside * layout.itemsize,
+                        (layout.row_bytes,),
+                    )
+                else:
+                    buffer = self._buffer() if buffer is None else buffer
+                    values = self._rows_of_chunk(band, c, first, last, buffer)[:, inside]
+                target[offset : offset + last - first] = values
+                del values  # a view of the mapping would keep it from closing
 
     def read_chunk(self, r: int, c: int) -> NDArray[Any]:
         """Return chunk ``(r, c)``, ndarray (chunk_rows, chunk_columns), its padding included.

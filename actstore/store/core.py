@@ -40,6 +40,7 @@ from actstore.errors import (
 from actstore.shard import DTYPES, RowStack, ShardLayout, ShardReader
 from actstore.site import Site, select, summarize
 from actstore.store.generations import Generation, latest, latest_prefix
+from actstore.store.index_tables import IndexTables
 from actstore.store.meta import FIRST, SPECIAL, Commit, Part, Segment, SiteInfo, StoreMeta
 from actstore.store.results import Result, ResultWriter
 from actstore.store.rows import Rows, SiteRows
@@ -106,6 +107,7 @@ class CoreStore:
         self.verifier = Verifier(self.path)
         self.tokens_tables = TokenTables(self.verifier, str(self.path))
         self.documents_tables = DocumentTables(self.verifier, str(self.path))
+        self.index_tables = IndexTables(self.verifier, self.path)
         self._infos = {info.site: info for info in self.meta.sites}
         self._layouts: dict[Site, ShardLayout] = {}
         self._shards: OrderedDict[tuple[str, int, FileFacts], _OpenShard] = OrderedDict()
@@ -156,6 +158,7 @@ class CoreStore:
     def _read_plan(self) -> None:
         self.parts = self._read_parts()
         self._segments = {s.segment: s for part in self.parts for s in part.segments}
+        self._places: dict[str, dict[int, int]] = {}
 
     def _read_parts(self) -> list[Part]:
         names = sorted(path for path in (self.path / "plan").glob("*.json") if path.stem.isdigit())
@@ -521,6 +524,29 @@ class CoreStore:
         shard = self._site_shard(info, segment)
         return shard.reader.read_column(neuron, 0, rows)
 
+    def read_column_of_bands(
+        self, info: SiteInfo, segment: int, neuron: int, bands: npt.NDArray[np.int64]
+    ) -> npt.NDArray[Any]:
+        """Return one neuron over some bands of a segment's shard, ``(bands, chunk_rows)``.
+
+        NaN where a band goes on beyond the last row.
+        """
+        shard = self._site_shard(info, segment)
+        return shard.reader.read_column_of_bands(neuron, bands)
+
+    def token_column(self, segment: int, name: str, space: str = "") -> npt.NDArray[Any]:
+        """Return one column of the token index of a planned segment, ``(rows,)``, in row order."""
+        planned = self.planned[segment]
+        part = self.parts[planned.part]
+        places = self._places.setdefault(space, {})
+        if segment not in places:
+            counts = [s.rows.get(space, 0) for s in part.segments]
+            starts = np.cumsum([0, *counts]).tolist()
+            places |= {s.segment: n for s, n in zip(part.segments, starts, strict=False)}
+        first = places[segment]
+        stop = first + planned.rows.get(space, 0)
+        return self.tokens_tables.column(part, name, first, stop, space)
+
     def tokens(self, segment: int, space: str = "") -> pa.Table:
         """Return the token index of a planned segment, in row order."""
         planned = self.planned[segment]
@@ -576,7 +602,7 @@ class CoreStore:
                 if rule == "all":
                     yield segment, np.ones(n_rows, dtype=np.bool_)
                 else:
-                    flags = self.tokens(segment, space).column("flags").to_numpy()
+                    flags = self.token_column(segment, "flags", space)
                     yield segment, (flags & (SPECIAL | FIRST)) == 0
 
         found = Rows.from_masks(rule, self.meta.segment_rows, masks())

@@ -8,14 +8,27 @@ and is not built upon.
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from actstore import durable
 from actstore.durable import FileFacts
 from actstore.errors import DamagedFile
+from actstore.site import Site
+
+
+def site_file(site: Site, kind: str, file: str) -> str:
+    """Return the path of a file of a site inside a generation."""
+    space = f"space={site.space}/" if site.space else ""
+    return f"{kind}/{space}hook={site.hook}/layer={site.layer}/{file}"
+
+
+def space_file(space: str, kind: str, file: str) -> str:
+    """Return the path of a file of all sites of a space inside a generation."""
+    return f"{kind}/space={space}/{file}" if space else f"{kind}/{file}"
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,16 @@ class Generation:
 
 def _read(root: Path, number: int) -> Generation | None:
     manifest = root / f"index/{number:06d}/manifest.json"
-    if not manifest.is_file():
+    try:
+        facts = manifest.stat()
+    except FileNotFoundError:
         return None  # a crash came before its manifest: it is not there
+    return _parsed(manifest, number, facts.st_ino, facts.st_mtime_ns, facts.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(manifest: Path, number: int, *_: int) -> Generation:
+    """Return the generation of a manifest; what else is given tells the file from another."""
     document = durable.read_sealed(manifest)
     try:
         files = {n: FileFacts.from_json(entry) for n, entry in document["files"].items()}
@@ -57,21 +78,21 @@ def _read(root: Path, number: int) -> Generation | None:
         raise DamagedFile(f"{manifest} breaks the format: {error!r}.") from error
 
 
-def _all(root: Path) -> list[Generation]:
+def _newest_first(root: Path) -> Iterator[Generation]:
     folder = root / "index"
     numbers = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
     found = (_read(root, number) for number in numbers)
-    return [generation for generation in found if generation is not None]
+    return (generation for generation in found if generation is not None)
 
 
 def latest(root: Path) -> Generation | None:
     """Return the newest whole generation."""
-    return next(iter(_all(root)), None)
+    return next(_newest_first(root), None)
 
 
 def latest_prefix(root: Path) -> Generation | None:
     """Return the newest whole generation that is a prefix."""
-    return next((generation for generation in _all(root) if generation.is_prefix), None)
+    return next((generation for generation in _newest_first(root) if generation.is_prefix), None)
 
 
 def new_number(root: Path) -> int:

@@ -10,7 +10,7 @@ import bisect
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,7 @@ DOCUMENT_GROUP = 16
 """Documents in a row group, so that reading one text does not read all of them."""
 
 _CACHED_GROUPS = 16
+_CACHED_COLUMN_BYTES = 1 << 26
 
 
 class _GroupReader:
@@ -116,6 +117,9 @@ class TokenTables(_GroupReader):
     def __init__(self, verifier: Verifier, root: str) -> None:
         super().__init__(verifier, root, "tokens")
         self._firsts: dict[tuple[int, str], list[int]] = {}
+        self._ends: dict[str, npt.NDArray[np.int64]] = {}
+        self._columns: OrderedDict[tuple[str, int, str], npt.NDArray[Any]] = OrderedDict()
+        self._column_bytes = 0
 
     def _first_rows(self, part: Part, space: str) -> list[int]:
         """Return the first row_id of every row group of a part."""
@@ -127,6 +131,44 @@ class TokenTables(_GroupReader):
                 for g in range(metadata.num_row_groups)
             ]
         return self._firsts[key]
+
+    def column(
+        self, part: Part, name: str, start: int, stop: int, space: str = ""
+    ) -> npt.NDArray[Any]:
+        """Return one column of the tokens at places ``start … stop`` of a part's file.
+
+        Only this column of their row groups is read; what was read lately is kept, up to 64 MiB.
+        """
+        file, key = self.file(part, space), part.file("tokens", space)
+        with self._lock:
+            if key not in self._ends:
+                groups = range(file.metadata.num_row_groups)
+                self._ends[key] = np.cumsum([file.metadata.row_group(g).num_rows for g in groups])
+            ends = self._ends[key]
+            pieces = []
+            for number in range(np.searchsorted(ends, start, side="right"), len(ends)):
+                first = int(ends[number - 1]) if number else 0
+                if first >= stop:
+                    break
+                values = self._column_of_group(file, key, number, name)
+                pieces.append(values[max(start - first, 0) : stop - first])
+        if not pieces:
+            return np.empty(0, TOKENS.field(name).type.to_pandas_dtype())
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _column_of_group(
+        self, file: pq.ParquetFile, key: str, number: int, name: str
+    ) -> npt.NDArray[Any]:
+        place = (key, number, name)
+        if place not in self._columns:
+            group = file.read_row_group(number, columns=[name], use_threads=False)
+            self._columns[place] = group.column(0).to_numpy()
+            self._column_bytes += self._columns[place].nbytes
+            while self._column_bytes > _CACHED_COLUMN_BYTES and len(self._columns) > 1:
+                _, values = self._columns.popitem(last=False)
+                self._column_bytes -= values.nbytes
+        self._columns.move_to_end(place)
+        return self._columns[place]
 
     def span(self, part: Part, start: int, stop: int, space: str = "") -> pa.Table:
         """Return the tokens of a part with ``start <= row_id < stop``, in order."""
