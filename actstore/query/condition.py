@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from actstore.errors import ArgumentError, QueryError
 from actstore.query.database import Database
+from actstore.query.gate import admit
 from actstore.query.schema import VIEWS
 from actstore.store import CoreStore, Rows
 
@@ -62,7 +63,7 @@ class Condition:
         self._space = space.replace("'", "''")
         try:
             # Alone first: a condition that closes our bracket would choose other rows than it says.
-            database.sql(f"SELECT row_id {_SOURCE} {text}\nLIMIT 0")
+            admit(f"SELECT row_id {_SOURCE} {text}\nLIMIT 0")
             self._ids("false")
         except QueryError as error:
             reason = str(error).split("\n\nLINE")[0]

@@ -114,7 +114,7 @@ def values_at(
             places = store.positions(info, segment, offsets[mine])
         if len(mine):
             bands, which = np.unique(places // height, return_inverse=True)
-            found = store.read_column_of_bands(info, segment, neuron, bands)
+            found = store.read_column_of_bands(info, segment, neuron, bands.tolist())
             values[mine] = found[which, places % height].astype(np.float32)
             stored[mine] = True
     return values, stored

@@ -12,15 +12,17 @@ values, its negative: the order is total, so the answer does not depend on what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from actstore.shard import DTYPES
 from actstore.store import FIRST, SPECIAL, CoreStore, Rows, SiteInfo
 from actstore.store.index_tables import NeuronZones
+from actstore.store.rows import stretches
 
 Ids = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.float32]
@@ -78,11 +80,12 @@ class Best:
         if len(ids):
             self._waiting.append((ids, keys, groups))
             self._n_waiting += len(ids)
-            # A long list is not put in order again for every few rows.
-            if self._n_waiting >= self._question.k // 4 or self._question.k <= _SHORT:
-                self._settle()
 
-    def _settle(self) -> None:
+    def settle(self, last: bool = False) -> None:
+        """Put what was taken in in order; of a long list not for every few rows, but at last."""
+        k = self._question.k
+        if not self._n_waiting or (not last and k > _SHORT and self._n_waiting < k // 4):
+            return
         parts = [(self._ids, self._keys, self._groups), *self._waiting]
         self._waiting, self._n_waiting = [], 0
         ids, keys, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -102,7 +105,7 @@ class Best:
 
     def rows(self) -> tuple[Ids, npt.NDArray[np.float32]]:
         """Return the rows and values in order."""
-        self._settle()
+        self.settle(last=True)
         # Adding zero, since the negative of a zero key is -0.0.
         values = (-self._keys if self._question.largest else self._keys) + np.float32(0)
         return self._ids, values
@@ -185,7 +188,7 @@ def bound_of(question: Question, bands: Bands, rows: Rows | None) -> float:
 def scan(store: CoreStore, question: Question, bands: Bands, rows: Rows | None, best: Best) -> int:
     """Put what bands hold into `best`, until no band left can; return how many were read.
 
-    Memory: `_MOST_BANDS` chunks of one column, and the rows found.
+    Memory: one column of `_MOST_BANDS` bands, and the rows found.
     """
     done = 0
     while n_needed := bands.needed(done, best.limit):
@@ -193,50 +196,52 @@ def scan(store: CoreStore, question: Question, bands: Bands, rows: Rows | None, 
         n = max(_FIRST_BANDS, min(done, n_needed // 4))
         n_unknown = int(np.count_nonzero(np.isneginf(bands.keys[done:])))
         n = min(max(n, n_unknown), n_needed, _MOST_BANDS)
-        chosen = slice(done, done + n)
-        for segment in np.unique(bands.segments[chosen]).tolist():
-            numbers = np.sort(bands.bands[chosen][bands.segments[chosen] == segment])
-            _read(store, question, segment, numbers, _usable(store, question, rows, segment), best)
+        first_rows = np.sort(bands.first_rows[done : done + n])
+        _read(store, question, first_rows, rows, best)
         done += n
     return done
 
 
-def _usable(
-    store: CoreStore, question: Question, rows: Rows | None, segment: int
-) -> Callable[[Ids], npt.NDArray[np.bool_]]:
-    """Return what tells of offsets of a segment whether their rows count."""
-    if rows is not None:
-        mask = np.zeros(store.meta.segment_rows, np.bool_)
-        mask[rows.offsets(segment)] = True
-        return lambda offsets: mask[offsets]
-    flags = store.token_column(segment, "flags", question.info.site.space)
-    return lambda offsets: (flags[offsets] & (SPECIAL | FIRST)) == 0
-
-
 def _read(
-    store: CoreStore,
-    question: Question,
-    segment: int,
-    numbers: Ids,
-    usable: Callable[[Ids], npt.NDArray[np.bool_]],
-    best: Best,
+    store: CoreStore, question: Question, first_rows: Ids, rows: Rows | None, best: Best
 ) -> None:
-    """Put what some bands of a segment hold into `best`."""
+    """Put what the bands hold that begin at some rows, ascending, into `best`."""
+    info, space = question.info, question.info.site.space
     height, size = store.meta.chunk_rows, store.meta.segment_rows
-    values = store.read_column_of_bands(question.info, segment, question.neuron, numbers)
+    segments, starts = np.divmod(first_rows, size)
+    values = np.empty((len(first_rows), height), DTYPES[info.dtype])
+    numbers = (starts // height).tolist()
+    for a, b in stretches(np.diff(segments) != 0, len(segments)):
+        store.read_column_of_bands(
+            info, int(segments[a]), question.neuron, numbers[a:b], values[a:b]
+        )
     keys = best.keys(values).reshape(-1)
     key, row = best.limit
     places = np.flatnonzero(keys <= key)  # NaN is not
-    keys = keys[places]
-    offsets = numbers[places // height] * height + places % height
-    n_rows = store.planned[segment].rows[question.info.site.space]
-    ids = offsets + segment * size
-    # A tie with the last place is out if its row comes later, and behind the last row is nothing.
-    near = ((keys < key) | (ids < row)) & (offsets < n_rows)
-    offsets, ids, keys = offsets[near], ids[near], keys[near]
-    counts = usable(offsets)
-    offsets, ids, keys = offsets[counts], ids[counts], keys[counts]
-    groups = np.empty(0, np.int64)
-    if question.group is not None and len(ids):
-        groups = store.token_column(segment, question.group, question.info.site.space)[offsets]
-    best.add(ids, keys, groups)
+    keys, ids = keys[places], first_rows[places // height] + places % height
+    # A tie with the last place is out if its row comes later.
+    near = (keys < key) | (ids < row)
+    keys, ids = keys[near], ids[near]
+    segments, offsets = np.divmod(ids, size)
+    for a, b in stretches(np.diff(segments) != 0, len(segments)):
+        segment, mine = int(segments[a]), offsets[a:b]
+        counted = np.flatnonzero(_counts(store, rows, segment, space, mine))
+        groups = np.empty(0, np.int64)
+        if question.group is not None:
+            groups = store.token_column(segment, question.group, space)[mine[counted]]
+        best.add(ids[a:b][counted], keys[a:b][counted], groups)
+    best.settle()
+
+
+def _counts(
+    store: CoreStore, rows: Rows | None, segment: int, space: str, offsets: Ids
+) -> npt.NDArray[np.bool_]:
+    """Return which rows of a segment count: those of `rows`, by default the content rows."""
+    if rows is not None:
+        mask = np.zeros(store.meta.segment_rows, np.bool_)
+        mask[rows.offsets(segment)] = True
+        return mask[offsets]
+    flags = store.token_column(segment, "flags", space)
+    there = offsets < len(flags)  # a band may go on behind the last row
+    there[there] = (flags[offsets[there]] & (SPECIAL | FIRST)) == 0
+    return there

@@ -525,14 +525,19 @@ class CoreStore:
         return shard.reader.read_column(neuron, 0, rows)
 
     def read_column_of_bands(
-        self, info: SiteInfo, segment: int, neuron: int, bands: npt.NDArray[np.int64]
+        self,
+        info: SiteInfo,
+        segment: int,
+        neuron: int,
+        bands: Sequence[int],
+        out: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
         """Return one neuron over some bands of a segment's shard, ``(bands, chunk_rows)``.
 
         NaN where a band goes on beyond the last row.
         """
         shard = self._site_shard(info, segment)
-        return shard.reader.read_column_of_bands(neuron, bands)
+        return shard.reader.read_column_of_bands(neuron, bands, out)
 
     def token_column(self, segment: int, name: str, space: str = "") -> npt.NDArray[Any]:
         """Return one column of the token index of a planned segment, ``(rows,)``, in row order."""
