@@ -128,12 +128,12 @@ class Answer:
         for cell_width in _CELL_WIDTHS:
             cells = [
                 [
-                    cell if name in self.uncut else _fit(cell, cell_width, name)
+                    cell if name in self.uncut else fit(cell, cell_width, name)
                     for cell, name in zip(row, self.columns, strict=True)
                 ]
                 for row in plain
             ]
-            shown = _columns_that_fit(cells, width)
+            shown = _columns_thatfit(cells, width)
             if shown == len(self.columns):
                 break
         table = Table(box=None, pad_edge=False, header_style="", show_edge=False)
@@ -190,7 +190,7 @@ def _plain(value: Any) -> str:
     return visible(text)
 
 
-def _fit(text: str, width: int, name: str) -> str:
+def fit(text: str, width: int, name: str) -> str:
     """Return a text cut to a cell; of the context before a token the end is what matters."""
     if cell_len(text) <= width:
         return text
@@ -203,7 +203,7 @@ def _fit(text: str, width: int, name: str) -> str:
     return "…" + "".join(reversed(kept)) if name == "before" else "".join(kept) + "…"
 
 
-def _columns_that_fit(rows: list[list[str]], width: int) -> int:
+def _columns_thatfit(rows: list[list[str]], width: int) -> int:
     """Return how many leading columns can be printed side by side; at least one."""
     n_columns = len(rows[0])
     used = 0

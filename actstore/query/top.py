@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from rich.cells import cell_len
 
 from actstore.errors import ActstoreError, ArgumentError, NeuronNotFound
-from actstore.query.answer import Answer, visible
+from actstore.query.answer import Answer, fit, visible
 from actstore.query.condition import Condition
 from actstore.query.context import Snippet, snippets, values_at
 from actstore.query.database import Database
@@ -38,8 +39,8 @@ Replay = Callable[[Ids], Values]
 GROUPS = {"window": "window_id", "document": "document"}
 """What rows can be distinct by, and the column of the token index that tells them apart."""
 
-_BEFORE, _TOKEN, _AFTER = 36, 24, 36  # characters of a printed context
-_PRINTED = ("rank", "value", "context", "document", "position", "row_id", "source")
+_BEFORE, _TOKEN, _AFTER = 28, 20, 28  # cells of a printed context
+_PRINTED = ("rank", "value", "context", "document", "position", "source", "row_id")
 
 
 class Top(Answer):
@@ -88,12 +89,11 @@ def _in_context(before: str, token: str, after: str) -> str:
     >>> _in_context("to ", "war", " with").strip()
     'to ⟦war⟧ with'
     """
-    left, right = visible(before[-_BEFORE:]), visible(after[:_AFTER])
-    middle = visible(token[: _TOKEN + 1])
-    left = f"…{left[1 - _BEFORE :]}" if len(before) > _BEFORE or len(left) > _BEFORE else left
-    right = f"{right[: _AFTER - 1]}…" if len(after) > _AFTER or len(right) > _AFTER else right
-    middle = f"{middle[: _TOKEN - 1]}…" if len(middle) > _TOKEN else middle
-    return f"{left:>{_BEFORE}}⟦{middle}⟧{right}"
+    # Cut before it is made visible too: a token may be as long as a book.
+    left = fit(visible(before[-_BEFORE - 1 :]), _BEFORE, "before")
+    middle = fit(visible(token[: _TOKEN + 1]), _TOKEN, "token")
+    right = fit(visible(after[: _AFTER + 1]), _AFTER, "after")
+    return f"{' ' * (_BEFORE - cell_len(left))}{left}⟦{middle}⟧{right}"
 
 
 def top(

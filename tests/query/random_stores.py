@@ -77,9 +77,10 @@ def hard_values(rng: np.random.Generator, shape: tuple[int, int], dtype: str) ->
     elif kind == 2:
         values = rng.integers(-9, 9, shape) * smallest
     else:  # each stretch of rows has a level of its own, as texts have
-        values = rng.normal(size=shape) + np.repeat(rng.normal(size=shape[0] // 64 + 1) * 3, 64)[
-            : shape[0], None
-        ]
+        values = (
+            rng.normal(size=shape)
+            + np.repeat(rng.normal(size=shape[0] // 64 + 1) * 3, 64)[: shape[0], None]
+        )
     for share, value in ((0.05, -0.0), (0.01, np.nan), (0.003, largest), (0.003, -largest)):
         values[rng.random(shape) < share] = value
     return values
@@ -206,5 +207,3 @@ def write_whole_index(
     )
     generations.publish(store.path, generation)
     return generation
-
-

@@ -7,11 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+import actstore
 from actstore.errors import DamagedFile
 from actstore.query import Database, Top, top
 from actstore.store import CoreStore, Generation
-from tests.query.random_stores import CONDITIONS, Truth, random_store
+from tests.captured import content, small_segments
+from tests.query.random_stores import (
+    CONDITIONS,
+    Truth,
+    random_store,
+    truth_of,
+    write_whole_index,
+)
 from tests.synthetic import synthetic_store
+from tests.toys import TEXT, toy_model
 
 
 class WithoutLists(CoreStore):
@@ -76,3 +85,98 @@ def test_every_way_gives_the_rows_of_numpy(tmp_path: Path, n_threads: int) -> No
         with ThreadPoolExecutor(n_threads) as pool:
             list(pool.map(ask, questions))
     assert reached == {"index", "pruned scan", "column scan"}
+
+
+def level_store(path: Path) -> CoreStore:
+    """Return a store of 15 bands whose levels differ, with a whole index of lists of 20."""
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(1920, 2)) + np.repeat(rng.permutation(15) * 9.0, 128)[:, None]
+    options: dict[str, Any] = {"segment_rows": 512, "chunk_rows": 128, "context": 128}
+    store = synthetic_store(path, {"mlp_post.0": values}, documents=[128] * 15, **options)
+    write_whole_index(store, truth_of(store), store.committed, 20)
+    return store
+
+
+def test_a_pruned_scan_says_what_it_read_and_reads_no_more(tmp_path: Path) -> None:
+    """Chunks that cannot matter are not opened: damage in them is not met, in others it is."""
+    store = level_store(tmp_path / "s")
+    truth = truth_of(store)
+    answer = top(store, "mlp_post.0", 1, 200)
+    assert pairs(answer) == truth.top("mlp_post.0", 1, 200, True)
+    assert answer.reached == "pruned scan: 8 of 15 chunks read"
+    info = store.site("mlp_post.0")
+    band_of_best = answer.to_arrow()["row_id"][0].as_py() // 128
+    band_of_worst = truth.top("mlp_post.0", 1, 1, False)[0][0] // 128
+    for band, is_read in ((band_of_worst, False), (band_of_best, True)):
+        file = store.path / info.path / f"c/{band // 4}/0"
+        data = bytearray(file.read_bytes())
+        data[(band % 4) * store.layout(info).band_bytes + 5] ^= 1
+        file.write_bytes(data)
+        fresh = CoreStore(store.path)
+        if is_read:
+            with pytest.raises(DamagedFile, match=r"chunk \(\d, 0\) of .* is damaged"):
+                top(fresh, "mlp_post.0", 1, 200)
+        else:
+            assert pairs(top(fresh, "mlp_post.0", 1, 200)) == pairs(answer)
+
+
+def test_zones_are_verified_before_they_prune(tmp_path: Path) -> None:
+    """A flipped bit in the zones is found; it would hide rows."""
+    store = level_store(tmp_path / "s")
+    file = store.path / "index/000000/zones/hook=mlp_post/layer=0/zones.npy"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 64
+    file.write_bytes(data)
+    with pytest.raises(DamagedFile, match=r"zones\.npy in .* has changed"):
+        top(CoreStore(store.path), "mlp_post.0", 1, 200)
+
+
+def test_bands_without_a_row_of_the_condition_are_left_out(tmp_path: Path) -> None:
+    """A condition on one document reads the chunk it lies in."""
+    store = level_store(tmp_path / "s")
+    answer = top(store, "mlp_post.0", 0, 50, where="document = 5")
+    assert answer.reached == "pruned scan: 1 of 15 chunks read; 127 content rows meet the condition"
+    assert set(answer.to_arrow()["document"].to_pylist()) == {5}
+
+
+def test_a_condition_that_the_list_can_answer_reads_no_column(tmp_path: Path) -> None:
+    """The first rows of the list that meet it are the first of all that do."""
+    store = level_store(tmp_path / "s")
+    best = truth_of(store).top("mlp_post.0", 0, 20, True)
+    wanted = f"row_id % 2 = {best[3][0] % 2}"
+    expected = [pair for pair in best if pair[0] % 2 == best[3][0] % 2]
+    answer = top(store, "mlp_post.0", 0, len(expected), where=wanted)
+    assert (answer.reached, pairs(answer)) == ("index", expected)
+
+
+def test_the_list_of_windows_answers_for_windows_and_documents(tmp_path: Path) -> None:
+    """One row a window or document comes from the index alone."""
+    store = level_store(tmp_path / "s")
+    truth = truth_of(store)
+    for distinct in ("window", "document"):
+        answer = top(store, "mlp_post.0", 0, 15, distinct=distinct)
+        assert answer.reached == "index"
+        assert pairs(answer) == truth.top("mlp_post.0", 0, 15, True, distinct=distinct)
+    answer = top(store, "mlp_post.0", 0, 99, distinct="document")
+    assert answer.reached == "index; k = 99, and there are 15 documents with such a row"
+
+
+def test_a_real_capture_has_zones_that_prune(tmp_path: Path) -> None:
+    """Over an index that a capture made, every k gives the rows of NumPy."""
+    module, tokenizer = toy_model("gpt2")
+    texts = [TEXT[i * 60 : i * 60 + 900] for i in range(6)]
+    with small_segments(64, 16):
+        store = actstore.capture(
+            module, text=texts, store=tmp_path / "s", tokenizer=tokenizer, context=24
+        )
+    (rows, values), (info,) = content(store, "mlp_post.1"), store.select("mlp_post.1")
+    reached = set()
+    for neuron in range(0, info.width, 5):
+        for k, largest in ((3, True), (101, True), (130, False)):
+            column = values[:, neuron].astype(np.float64) + 0.0
+            order = np.lexsort((rows, -column if largest else column))[:k]
+            answer = store.top("mlp_post.1", neuron, k, largest=largest)
+            assert answer.to_arrow()["row_id"].to_pylist() == rows[order].tolist()
+            assert answer.to_arrow()["value"].to_pylist() == column[order].tolist()
+            reached.add(answer.reached.split(":")[0])
+    assert {"index", "pruned scan"} <= reached

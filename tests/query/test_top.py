@@ -4,9 +4,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from actstore.errors import ArgumentError, DamagedFile, NeuronNotFound, SiteNotFound
+from actstore.errors import (
+    ArgumentError,
+    DamagedFile,
+    NeuronNotFound,
+    QueryError,
+    SiteNotFound,
+)
 from actstore.query import Top, snippets, top
 from actstore.store import CoreStore
 from tests.query.stores import WIDTHS, activations, make_store, ranked, write_index
@@ -232,3 +239,130 @@ def test_a_list_that_is_all_there_is_answers_any_k(tmp_path: Path) -> None:
     answer = top(store, "mlp_post.0", 1, 1000)
     assert pairs(answer) == ranked(whole, "mlp_post.0", 1, True)
     assert answer.reached == "index; k = 1,000, and there are 12 content rows with a value"
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("postion < 12", r'where = .*"postion" not found(.|\n)*"position".*Expected what stands'),
+        ("position <", r"where = .* is not a condition on rows: .*syntax error"),
+        ("true; DROP VIEW tokens", "is not a condition on rows"),
+        ("true) OR (special", "syntax error"),
+        ("row_id IN (SELECT row_id FROM read_parquet('/etc/passwd'))", "'read_parquet' is not"),
+        ("true /*", "is not a condition on rows"),
+        ("true UNION SELECT 1", "is not a condition on rows"),
+        ("max(position) > 3", "is not a condition on rows"),
+        ("", "is not an SQL condition"),
+    ],
+)
+def test_what_is_no_condition_is_refused(shared: CoreStore, where: str, message: str) -> None:
+    """A condition is one expression over known columns, and it only reads."""
+    with pytest.raises((QueryError, ArgumentError), match=message):
+        top(shared, "mlp_post.0", 0, where=where)
+
+
+def test_a_condition_that_nothing_meets_gives_no_rows(shared: CoreStore) -> None:
+    """The answer is empty and says why."""
+    answer = top(shared, "mlp_post.0", 0, where="position = 123456")
+    assert len(answer) == 0
+    assert answer.reached.endswith(
+        "and there are 0 content rows with a value that meet the condition"
+    )
+
+
+def test_distinct_takes_two_words(shared: CoreStore) -> None:
+    """Anything else is refused with what there is."""
+    with pytest.raises(ArgumentError, match=r"distinct = 'speaker'; expected 'window', 'document'"):
+        top(shared, "mlp_post.0", 0, distinct="speaker")
+
+
+def test_a_subset_is_answered_or_refused_where_rows_are_missing(
+    sampled: CoreStore, shared: CoreStore
+) -> None:
+    """The list answers for the first rows that meet a condition; beyond, the nearest is named."""
+    best = ranked_once(shared, "mlp_post.0", 2, True)
+    odd = [pair for pair in best[:20] if pair[0] % 2]
+    answer = top(sampled, "mlp_post.0", 2, len(odd), where="row_id % 2 = 1")
+    assert (pairs(answer), answer.reached) == (odd, "index")
+    ask = rf"Ask for k <= {len(odd)}, without them for k <= 20, or capture"
+    with pytest.raises(ArgumentError, match=rf"with where = 'row_id % 2 = 1', and .*{ask}"):
+        top(sampled, "mlp_post.0", 2, len(odd) + 1, where="row_id % 2 = 1")
+    with pytest.raises(ArgumentError, match="Nothing can be said of the first place, without"):
+        top(sampled, "mlp_post.0", 2, 1, where="position = 123456")
+
+
+def test_an_answer_says_how_much_of_the_plan_is_committed(tmp_path: Path) -> None:
+    """While a capture goes on the answer is for what it has committed."""
+    answer = top(make_store(tmp_path / "s", commit=[1, 2]), "mlp_post.0", 2, 5)
+    assert answer.reached.endswith("; 2 of 4 segments are committed")
+
+
+@pytest.mark.parametrize("site", ["mlp_post.0", "mlp_post.10", "resid_post.2"])
+def test_activations_are_those_of_the_snippets_rows(
+    sampled: CoreStore, shared: CoreStore, site: str
+) -> None:
+    """Each token has the value of its own row where that is stored, or among the answer."""
+    answer = top(sampled, site, 2, 20, before=5, after=4, activations=True)
+    known = set(sampled[site].row_ids().tolist()) if site != "mlp_post.10" else set()
+    known |= set(answer.to_arrow()["row_id"].to_pylist())
+    for row in answer:
+        (snippet,) = snippets(shared, [row["row_id"]], 5, 4)
+        assert "".join(row["tokens"]) == row["before"] + row["token"] + row["after"]
+        assert len(row["tokens"]) == len(row["values"]) == len(snippet.token_rows)
+        assert snippet.token_rows[row["place"]] == row["row_id"]
+        assert row["tokens"][row["place"]].strip() == row["token"]
+        for token, value, row_id in zip(
+            row["tokens"], row["values"], snippet.token_rows, strict=True
+        ):
+            (around,) = snippets(shared, [row_id], 0, 0)
+            assert token.strip() == around.token
+            if row_id in known:
+                np.testing.assert_equal(value, float(shared[site][row_id][2]))
+            else:
+                assert value is None
+
+
+def test_replay_fills_in_what_is_not_stored(sampled: CoreStore) -> None:
+    """Only rows without a stored value are asked for, each once."""
+    asked: list[int] = []
+
+    def replay(row_ids: np.ndarray) -> np.ndarray:
+        asked.extend(row_ids.tolist())
+        return row_ids.astype(np.float32)
+
+    answer = top(sampled, "mlp_post.0", 2, 20, replay=replay)
+    stored = set(sampled["mlp_post.0"].row_ids().tolist())
+    assert asked
+    assert len(asked) == len(set(asked))
+    assert not set(asked) & (stored | set(answer.to_arrow()["row_id"].to_pylist()))
+    assert all(value is not None for row in answer for value in row["values"])
+
+
+def test_the_token_is_marked_where_it_is_printed(shared: CoreStore) -> None:
+    """Tokens stand below each other in their context; the data has no marks."""
+    answer = top(shared, "resid_post.2", 1, 5)
+    lines = repr(answer).splitlines()[1:6]
+    assert len({line.index("⟦") for line in lines}) == 1
+    for line, row in zip(lines, answer, strict=True):
+        assert f"⟦{row['token']}⟧{row['after'][:10]}" in line
+        assert "⟦" not in row["token"] + row["before"] + row["after"]
+    assert "⟦" in answer._repr_html_()
+
+
+def test_hostile_text_is_cut_and_shown(shared: CoreStore) -> None:
+    """A token of 100,000 characters, controls and markup stay in their line and their column."""
+    table = top(shared, "resid_post.2", 1, 2).to_arrow()
+    hostile = "\x1b[2J\n\u202e\x9b<script>" + "x" * 100_000
+    for name in ("before", "token", "after"):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, pa.array([hostile, "a"]))
+    answer = Top(table, "index")
+    printed = repr(answer)
+    assert printed.splitlines()[-1] == "(index)"
+    assert all(c.isprintable() for c in printed.replace("\n", ""))
+    assert max(map(len, printed.splitlines())) <= 120
+    assert len({line.index("⟦") for line in printed.splitlines()[1:3]}) == 1
+    page = answer._repr_html_()
+    assert "<script" not in page
+    assert len(page) < 3000
+    assert answer.to_arrow()["token"][0].as_py() == hostile
