@@ -164,3 +164,32 @@ def test_a_store_inside_its_corpus_folder_goes_on(tmp_path, model_folder):
         store = actstore.capture(model_folder, tmp_path, tmp_path / "store", context=16)
 
     assert store.n_documents == 1
+
+
+def test_top_of_a_subset_in_context(small_store):
+    """Rows meet the condition, each document stands once, and every token has its stored value."""
+    found = small_store.top(
+        "mlp_post.1", 3, 4, where="source <> 'text 1'", distinct="document", activations=True
+    )
+
+    documents = [row["document"] for row in found]
+    assert len(set(documents)) == len(documents) == 4
+    for row in found:
+        assert row["source"] != "text 1"
+        assert row["values"][row["place"]] == row["value"]
+        assert None not in row["values"]
+
+
+def test_top_replays_what_is_not_stored(tmp_path, texts):
+    """Values over the context are those of a store that keeps all rows, to rounding."""
+    module, tokenizer = toy_model("gpt2")
+    options = {"text": texts, "tokenizer": tokenizer, "context": 16}
+    whole = actstore.capture(module, store=tmp_path / "whole", **options)
+    none = actstore.capture(module, store=tmp_path / "none", keep="none", **options)
+
+    expected = whole.top("mlp_post.1", 3, 5, activations=True)
+    found = none.top("mlp_post.1", 3, 5, replay=True, model=module, tokenizer=tokenizer)
+
+    for row, other in zip(found, expected, strict=True):
+        assert (row["row_id"], row["tokens"]) == (other["row_id"], other["tokens"])
+        np.testing.assert_allclose(row["values"], other["values"], atol=2e-3)

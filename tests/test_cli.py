@@ -46,6 +46,14 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
     rows = lines(run("top", store, "mlp_post.1", 7, "-k", 3))
     assert [row["rank"] for row in rows] == [1, 2, 3]
 
+    asked = run("top", store, "mlp_post.1", 7, "-k", 3, "--where", "position > 2", "--activations")
+    assert all(row["position"] > 2 and row["values"] for row in lines(asked))
+    assert "content row" in asked.stderr or "(index)" in asked.stderr
+    shown = run("top", store, "mlp_post.1", 7, "--distinct", "document", "--format", "table").stdout
+    assert "⟦" in shown
+    refused = run("top", store, "mlp_post.1", 7, "--where", "postion > 2", code=1).stderr
+    assert "position" in refused
+
     (count,) = lines(run("sql", store, "SELECT count(*) n FROM tokens"))
     assert count["n"] > 0
     assert len(run("nmf", store, "--components", 2, "--name", "two").stdout.splitlines()) == 2
