@@ -357,7 +357,7 @@ def test_an_unbuffered_file_that_takes_parts_gets_all_bytes():
 
 def test_out_receives_rows_and_columns(open_reader, monkeypatch):
     """An array given as `out`, of any strides, is filled and returned."""
-    monkeypatch.setattr("actstore.shard.reader._STRIP_BYTES", 1)
+    monkeypatch.setattr("actstore.shard.reader._PIECE_BYTES", 1)
     layout = ShardLayout.for_width(514, 16, "bfloat16", chunk_rows=4)
     values = values_of(layout, 16)
     reader = open_reader(shard_bytes(layout, values)[0], layout)
@@ -365,7 +365,7 @@ def test_out_receives_rows_and_columns(open_reader, monkeypatch):
     assert reader.read_rows(3, 14, out=rows) is rows
     assert_same_bits(rows, np.ascontiguousarray(values[3:14]))
     column = np.zeros((11, 2), layout.numpy_dtype)[:, 1]
-    for _ in range(2):  # once checking the chunks, once by strips
+    for _ in range(2):  # once checking the chunks, in pieces of a row
         column[:] = 0
         assert reader.read_column(513, 3, 14, out=column) is column
         assert_same_bits(column, np.ascontiguousarray(values[3:14, 513]))
