@@ -33,7 +33,8 @@ from actstore.capturing.compact import compact, needs_compaction
 from actstore.capturing.lists import SAMPLE, TOPK, RunningLists, SiteLists, pack_site
 from actstore.capturing.sampled import SampledBands, sampled_bytes
 from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreBusy
-from actstore.folds.cpu import BandFolds, SiteFolds, state_bytes
+from actstore.folds.cpu import BandFolds, state_bytes
+from actstore.folds.passes import SiteFolds
 from actstore.models import LanguageModel
 from actstore.site import Site
 from actstore.store import FIRST, SPECIAL, CoreStore, SegmentWriter, SiteCounts, SiteInfo, StoreMeta

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from actstore.errors import ArgumentError
 from actstore.folds.base import Array, read_values
-from actstore.folds.gram import GramState, RunningGram
+from actstore.folds.gram import RunningGram
 from actstore.folds.histogram import N_BINS, HistogramState
 from actstore.folds.kernel import (
     BITS,
@@ -26,12 +25,9 @@ from actstore.folds.kernel import (
     FLOAT32_MAX,
     GROUP,
     N_COUNTS,
-    N_PLACES,
     NAN,
     NO_BIN,
-    NOWHERE,
     OVERFLOW,
-    TILE,
     TOP,
     Candidates,
     Found,
@@ -44,14 +40,20 @@ from actstore.folds.kernel import (
     nothing_found,
 )
 from actstore.folds.moments import MomentsState, from_power_sums
-from actstore.folds.sample import EVERY_HASH, Sample, SampleState
-from actstore.folds.topk import Ranked, Thresholds, TopKState, empty_list
-from actstore.folds.window_top import WindowThresholds
-from actstore.folds.zones import ZonesState
+from actstore.folds.passes import (
+    SAMPLE_ROWS,
+    BandRows,
+    FaultsMet,
+    SiteFolds,
+    SiteThresholds,
+    check_layout,
+    check_order,
+    check_sites,
+)
+from actstore.folds.sample import EVERY_HASH, Sample
+from actstore.folds.topk import Ranked, TopKState, empty_list
+from actstore.folds.zones import zones_of
 from actstore.shard import DTYPES
-
-SAMPLE_ROWS = 64
-"""Rows whose mean the powers are taken about: keeps it within sqrt(rows / 64) deviations."""
 
 # Groups of rows whose extremes give the first limits, for each place of a list: more of them bring
 # the limits nearer to the values they stand for, and cost more.
@@ -63,57 +65,6 @@ _SMALL_BYTES = 192
 _GRAM_BYTES = 8 + 4 + 8
 
 _LARGEST = {"float16": 0x7BFF, "bfloat16": 0x7F7F, "float32": 0x7F7FFFFF}
-
-
-@dataclass(frozen=True)
-class SiteThresholds:
-    """What a site's rows must come before to enter the lists and the sample.
-
-    They may come from *committed* segments only.
-    """
-
-    topk: Thresholds
-    """Of the top and bottom list."""
-    window_top: WindowThresholds
-    """Of the list over windows."""
-    sample: np.uint64 = EVERY_HASH
-    """Of the sample."""
-
-
-@dataclass(frozen=True)
-class Faults:
-    """Values of one site that are no number the store can hold."""
-
-    n: int
-    """How many there were."""
-    places: tuple[tuple[int, int], ...]
-    """(row_id, column) of the first `N_PLACES` of them, in row order."""
-
-
-@dataclass(frozen=True)
-class SiteFolds:
-    """What one segment adds to the folds of one site."""
-
-    moments: MomentsState
-    """Moments of the content rows."""
-    moments_others: MomentsState
-    """Moments of the special and first rows."""
-    topk: TopKState
-    """Lists of the content rows."""
-    window_top: Ranked
-    """List of the windows."""
-    histogram: HistogramState
-    """Counts of the content rows."""
-    zones: ZonesState
-    """Extremes of the content rows of each band."""
-    sample: SampleState
-    """Content rows that may be in the sample."""
-    gram: GramState | None
-    """Second moments of the content rows, where asked for."""
-    nan: Faults
-    """NaN, which entered nothing."""
-    overflow: Faults
-    """Infinities, which were replaced by the largest finite value."""
 
 
 class BandFolds:
@@ -168,18 +119,7 @@ class BandFolds:
         gram_sites: Collection[int] = (),
         n_threads: int | None = None,
     ) -> None:
-        if len(widths) != len(dtypes):
-            raise ArgumentError(
-                f"{len(widths)} widths and {len(dtypes)} dtypes were given; give one each a site."
-            )
-        if min(widths, default=1) < 1:
-            raise ArgumentError(f"a width of {min(widths)} is no site; give widths >= 1.")
-        if unknown := sorted(set(dtypes) - set(DTYPES)):
-            raise ArgumentError(
-                f"dtype {unknown[0]!r} cannot be stored; choose one of {', '.join(DTYPES)}."
-            )
-        if k < 1:
-            raise ArgumentError(f"k = {k} keeps nothing; give k >= 1.")
+        check_sites(widths, dtypes, k)
         self.first_row_id = first_row_id
         self.k = k
         self._n_threads = n_threads or _n_cpus()
@@ -241,24 +181,12 @@ class BandFolds:
         site = self._sites[site_index]
         where = f"site_index = {site_index}"
         bits = site.bits_of(band, where)
-        content, others = (
-            _checked_rows(name, rows, bits.shape[1], where)
-            for name, rows in (("content", content), ("others", others))
-        )
-        if first_offset < site.next_offset or first_offset + bits.shape[1] > 2**32:
-            raise ArgumentError(
-                f"first_offset = {first_offset} at {where} must be between {site.next_offset}, "
-                "where the last band ended, and 2**32; give the bands in the order of their rows."
-            )
-        window_ids: NDArray[np.int64] = np.asarray(windows, np.int64)
-        if window_ids.shape != content.shape:
-            raise ArgumentError(
-                f"{window_ids.size} windows at {where} for {content.size} content rows; give the "
-                "window_id of each content row."
-            )
+        chunk_rows = bits.shape[1]
+        content, others, window_ids = BandRows.of(content, others, windows, chunk_rows, where)
+        check_order(first_offset, site.next_offset, chunk_rows, where)
         if thresholds is not None:
             site.tighten(thresholds, self.first_row_id + first_offset, where)
-        site.next_offset = first_offset + bits.shape[1]
+        site.next_offset = first_offset + chunk_rows
         cuts = site.cuts(window_ids)
         zone, unused = (np.empty((2, site.width), np.float32) for _ in range(2))
         jobs = [
@@ -287,9 +215,9 @@ class BandFolds:
 
         parts = _split(site.width, self._n_threads)
         if self._pool is None or len(parts) == 1:
-            faults = site.note([fold(part) for part in parts])
+            faults = site.faults.add([fold(part) for part in parts])
         else:
-            faults = site.note(list(self._pool.map(fold, parts)))
+            faults = site.faults.add(list(self._pool.map(fold, parts)))
         if content.size:
             site.zones[self.first_row_id + first_offset] = zone
             # After the pass: infinities are mended now.
@@ -307,11 +235,11 @@ class BandFolds:
             topk=TopKState(*_lists(site.candidates, self.first_row_id)),
             window_top=_lists(site.with_open_window(), self.first_row_id)[0],
             histogram=HistogramState(site.counted()),
-            zones=site.zones_state(),
+            zones=zones_of(site.zones, site.width),
             sample=site.sample,
             gram=None if site.gram is None else site.gram.state(),
-            nan=site.faults(NAN, self.first_row_id),
-            overflow=site.faults(OVERFLOW, self.first_row_id),
+            nan=site.faults.of(NAN, self.first_row_id),
+            overflow=site.faults.of(OVERFLOW, self.first_row_id),
         )
 
 
@@ -361,7 +289,7 @@ class _Site:
         n_bits = 8 * DTYPES[dtype].itemsize
         largest = np.array([1 << n_bits - 1, 0], f"u{n_bits // 8}") | _LARGEST[dtype]
         self.saturated = largest.view(BITS[dtype])
-        self.found = nothing_found()
+        self.faults = FaultsMet()
 
     def arrays(self) -> Iterator[Array]:
         for state in (
@@ -380,18 +308,8 @@ class _Site:
             raise ArgumentError(
                 f"band of {where} is {band.dtype}; expected {self.dtype} or its bits."
             )
-        if (
-            band.ndim != 3
-            or not 1 <= band.shape[2] <= TILE
-            or not 0 <= band.shape[0] * band.shape[2] - self.width < band.shape[2]
-            or not band.flags.c_contiguous
-            or not band.flags.writeable
-        ):
-            raise ArgumentError(
-                f"band of {where} has shape {band.shape}; expected a writeable, C-contiguous "
-                f"(n_column_chunks, chunk_rows, chunk_columns) of at most {TILE} chunk_columns "
-                f"for {self.width} columns. Lay it out with actstore.shard.to_band."
-            )
+        usable = band.flags.c_contiguous and band.flags.writeable
+        check_layout(band.shape, usable, self.width, where)
         return band.view(integer)
 
     def rows_of(self, bits: Array, rows: NDArray[np.int64]) -> Array:
@@ -410,24 +328,11 @@ class _Site:
 
     def tighten(self, thresholds: SiteThresholds, first_row_id: int, where: str) -> None:
         """Raise the limits to the thresholds, or to just below them where a tie may still enter."""
-        floor, ceiling, top_rows, bottom_rows = thresholds.topk
-        window_floor, window_rows = thresholds.window_top
-        shapes = {np.shape(side) for side in (*thresholds.topk, *thresholds.window_top)}
-        if shapes != {(self.width,)}:
-            raise ArgumentError(
-                f"thresholds of {where} have shapes {', '.join(map(str, sorted(shapes)))}; "
-                f"expected ({self.width},): those of the same site's lists."
-            )
+        floor, ceiling, window_floor = thresholds.limits(self.width, first_row_id, where)
         limits, window_limits = self.candidates.limits, self.window_candidates.limits
-        below, above = np.float32(-np.inf), np.float32(np.inf)
-        floor = np.where(top_rows < first_row_id, floor, np.nextafter(floor, below))
         np.maximum(limits[TOP], floor, out=limits[TOP])
-        ceiling = np.where(bottom_rows < first_row_id, ceiling, np.nextafter(ceiling, above))
         np.minimum(limits[BOTTOM], ceiling, out=limits[BOTTOM])
-        floor = np.where(
-            window_rows < first_row_id, window_floor, np.nextafter(window_floor, below)
-        )
-        np.maximum(window_limits[TOP], floor, out=window_limits[TOP])
+        np.maximum(window_limits[TOP], window_floor, out=window_limits[TOP])
         self.sample_threshold = thresholds.sample
 
     def cuts(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -456,17 +361,6 @@ class _Site:
         counts[:, NO_BIN] = 0
         return counts
 
-    def zones_state(self) -> ZonesState:
-        """Return the zones of the bands so far; no value lies beyond the extremes of none."""
-        state = ZonesState(
-            np.array(list(self.zones), np.int64),
-            np.array([zone[[BOTTOM, TOP]] for zone in self.zones.values()], np.float32).reshape(
-                len(self.zones), 2, self.width
-            ),
-        )
-        state.extremes[np.isinf(state.extremes)] = np.nan
-        return state
-
     def draw(self, bits: Array, rows: NDArray[np.int64], first_row_id: int) -> None:
         """Take the rows of a band that may be in the sample."""
         limit = min(self.sample_threshold, self.fold.threshold(self.sample.row_ids))
@@ -474,23 +368,6 @@ class _Site:
         if rows.size:
             values = self.rows_of(bits, rows)
             self.sample = self.fold.update(self.sample, values, first_row_id + rows)
-
-    def note(self, parts: list[Found]) -> tuple[int, int]:
-        """Add the faults that the threads found in a band; return how many these are."""
-        counts = np.sum([part.counts for part in parts], axis=0)
-        if counts.any():
-            places = np.concatenate([self.found.places, *(part.places for part in parts)], axis=1)
-            self.found.places[:] = np.sort(places, axis=1)[:, :N_PLACES]
-            self.found.counts[:] += counts
-        return int(counts[NAN]), int(counts[OVERFLOW])
-
-    def faults(self, kind: int, first_row_id: int) -> Faults:
-        """Return the faults of one kind, their places as row_id and column."""
-        places = (int(code) for code in self.found.places[kind] if code != NOWHERE)
-        return Faults(
-            n=int(self.found.counts[kind]),
-            places=tuple((first_row_id + (code >> 32), code & 0xFFFFFFFF) for code in places),
-        )
 
 
 def _no_sums(width: int) -> Sums:
@@ -511,16 +388,6 @@ def _no_candidates(width: int, capacity: int, limits: tuple[float, ...], k: int)
         limits=np.array(limits, np.float32)[:, None].repeat(width, axis=1),
         k=k,
     )
-
-
-def _checked_rows(name: str, rows: Array, chunk_rows: int, where: str) -> NDArray[np.int64]:
-    rows = np.ascontiguousarray(rows, np.int64)
-    if rows.size and (rows[0] < 0 or rows[-1] >= chunk_rows or (np.diff(rows) <= 0).any()):
-        raise ArgumentError(
-            f"{name} of {where} must be ascending rows of the band, 0 to {chunk_rows - 1}, "
-            "each at most once; sort them and count them from the band's first row."
-        )
-    return rows
 
 
 def _split(width: int, n_parts: int) -> list[tuple[int, int]]:

@@ -109,3 +109,16 @@ class Zones:
     def from_arrays(self, arrays: Mapping[str, Array]) -> ZonesState:
         """Return the state that `to_arrays` was given."""
         return ZonesState(arrays["first_row_ids"], arrays["extremes"])
+
+
+def zones_of(bands: Mapping[int, NDArray[np.float32]], width: int) -> ZonesState:
+    """Return the state of bands, given the largest and the smallest values of each, (2, width).
+
+    Where a band has no value they are infinite, and lie on the wrong side.
+    """
+    state = ZonesState(
+        np.array(list(bands), np.int64),
+        np.array([band[::-1] for band in bands.values()], np.float32).reshape(len(bands), 2, width),
+    )
+    state.extremes[np.isinf(state.extremes)] = np.nan
+    return state

@@ -1,22 +1,63 @@
-"""The compiled pass is equal to the folds' definitions, and mends what it should."""
+"""Passes over bands are equal to the folds' definitions, and mend what they should.
 
+Each test runs the compiled pass of the CPU and that of devices, which torch's CPU stands for, and a
+GPU where there is one.
+"""
+
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.errors import ArgumentError
-from actstore.folds import Gram, Histogram, Moments, Sample, TopK, WindowTop, Zones
-from actstore.folds.cpu import BandFolds, SiteFolds, SiteThresholds, state_bytes
+from actstore.folds import Gram, Histogram, Moments, Sample, TopK, WindowTop, Zones, cpu, device
+from actstore.folds.cpu import BandFolds
+from actstore.folds.device import DeviceFolds
 from actstore.folds.moments import MomentsState
+from actstore.folds.passes import SiteFolds, SiteThresholds
 from actstore.folds.topk import Ranked, Thresholds, TopKState
 from actstore.folds.window_top import WindowThresholds
 from actstore.shard import DTYPES
 from actstore.store.stored_rows import hash_rows
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
+
+MakeFolds = Callable[..., Any]
+"""Makes the folds of a segment: called as `BandFolds` is."""
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu])]
+
+
+class FoldsOnDevice(DeviceFolds):
+    """Device folds that take NumPy bands, which go to the device and come back mended."""
+
+    def __init__(self, *args: Any, n_threads: int = 1, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+    def update(self, site_index: int, band: np.ndarray, *rest: Any, **named: Any) -> Any:
+        """Add a band."""
+        is_bits = band.dtype.kind in "iuV"  # ml_dtypes' kinds are V
+        here = torch.from_numpy(band.view(f"i{band.itemsize}") if is_bits else band)
+        if band.dtype == DTYPES["bfloat16"]:
+            here = here.view(torch.bfloat16)
+        there = here.to(self._device)
+        found = super().update(site_index, there, *rest, **named)
+        here.copy_(there)
+        return found
+
+
+@pytest.fixture(scope="module", params=["compiled", *DEVICES])
+def make_folds(request: pytest.FixtureRequest) -> MakeFolds:
+    """Return what makes the folds of one pass after the other."""
+    if request.param == "compiled":
+        return BandFolds
+    return partial(FoldsOnDevice, device=torch.device(request.param))
 
 
 def to_bands(block: np.ndarray, chunk_rows: int, chunk_columns: int) -> list[np.ndarray]:
@@ -40,6 +81,7 @@ def windows_of(n: int, seed: int = 0, longest: int = 60) -> np.ndarray:
 
 
 def fold_bands(
+    make_folds: MakeFolds,
     block: np.ndarray,
     dtype: str,
     is_content: np.ndarray,
@@ -56,7 +98,7 @@ def fold_bands(
 ) -> SiteFolds:
     """Fold a block band by band; without windows all rows are one."""
     windows = np.zeros(len(block), np.int64) if windows is None else windows
-    folds = BandFolds(
+    folds = make_folds(
         [block.shape[1]],
         [dtype],
         first_row_id=first_row_id,
@@ -165,7 +207,9 @@ def activations(n: int, width: int, dtype: str, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     ("width", "chunk_columns"), [(37, 37), (514, 128), (384, 192), (1, 1), (256, 256)]
 )
-def test_the_pass_is_the_definition(dtype: str, width: int, chunk_columns: int) -> None:
+def test_the_pass_is_the_definition(
+    make_folds: MakeFolds, dtype: str, width: int, chunk_columns: int
+) -> None:
     """Lists, counts and extremes are exact and moments right, for every dtype and layout."""
     block = activations(1511, width, dtype)
     block[5, 0] = block[700, width // 2] = np.inf
@@ -174,6 +218,7 @@ def test_the_pass_is_the_definition(dtype: str, width: int, chunk_columns: int) 
     is_content = np.random.default_rng(1).random(1511) > 0.03
     windows, sample = windows_of(1511), Sample(n_rows=101)
     got = fold_bands(
+        make_folds,
         block,
         dtype,
         is_content,
@@ -201,7 +246,7 @@ def test_the_pass_is_the_definition(dtype: str, width: int, chunk_columns: int) 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_bands_of_any_size_give_the_definition(data: st.DataObject) -> None:
+def test_bands_of_any_size_give_the_definition(make_folds: MakeFolds, data: st.DataObject) -> None:
     """Any rows, bands, k and content give the definition: ties, zeros, subnormals, faults."""
     dtype = data.draw(st.sampled_from(list(DTYPES)))
     values = [0.0, -0.0, 1.0, -1.0, 2.5, 6e-8, -6e-8, 1e-40, 3e4, np.inf, -np.inf, np.nan]
@@ -214,6 +259,7 @@ def test_bands_of_any_size_give_the_definition(data: st.DataObject) -> None:
     windows = windows_of(n, seed, data.draw(st.sampled_from([1, 4, 11, 90])))
     chunk_rows, sample = data.draw(st.sampled_from([1, 2, 8, 64])), Sample(7)
     got = fold_bands(
+        make_folds,
         block,
         dtype,
         is_content,
@@ -241,11 +287,11 @@ def test_bands_of_any_size_give_the_definition(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_16_bit_pattern_is_read_right(dtype: str) -> None:
+def test_every_16_bit_pattern_is_read_right(make_folds: MakeFolds, dtype: str) -> None:
     """All 65,536 patterns, subnormals included, have NumPy's value, order and bin."""
     block = np.arange(65536, dtype=np.uint16).view(DTYPES[dtype]).reshape(4096, 16)
     content = np.ones(4096, bool)
-    got = fold_bands(block, dtype, content, chunk_rows=4096, chunk_columns=16, k=4096)
+    got = fold_bands(make_folds, block, dtype, content, chunk_rows=4096, chunk_columns=16, k=4096)
     assert_lists(got.topk, definition(block, dtype, content, k=4096)[2])
     x = saturated(block, dtype)
     assert_state(Histogram(), got.histogram, of_all(Histogram(), x))
@@ -253,7 +299,7 @@ def test_every_16_bit_pattern_is_read_right(dtype: str) -> None:
     assert got.nan.n == (np.arange(65536) & 0x7FFF > exponent).sum() > 0
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+def test_the_number_of_threads_changes_no_bit(make_folds: MakeFolds) -> None:
     """One, two and three threads give the same bits, faults and their places included."""
     block = activations(777, 514, "float16")
     block[::3, ::7] = np.inf
@@ -261,6 +307,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     is_content = np.arange(777) % 13 > 0
     results = [
         fold_bands(
+            make_folds,
             block,
             "float16",
             is_content,
@@ -285,7 +332,9 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinities_are_replaced_in_the_band_and_nothing_else_is(dtype: str) -> None:
+def test_infinities_are_replaced_in_the_band_and_nothing_else_is(
+    make_folds: MakeFolds, dtype: str
+) -> None:
     """Infinities of named rows become the largest finite value; all other bits stay."""
     rng = np.random.default_rng(2)
     band = rng.normal(size=(2, 32, 4)).astype(DTYPES[dtype])
@@ -294,7 +343,7 @@ def test_infinities_are_replaced_in_the_band_and_nothing_else_is(dtype: str) -> 
     band[1, 3, 3] = np.inf  # of no column
     want = band.copy()
     want[0, 3, 1], want[1, 4, 2] = LARGEST[dtype], -LARGEST[dtype]
-    folds = BandFolds([7], [dtype], first_row_id=100, k=3)
+    folds = make_folds([7], [dtype], first_row_id=100, k=3)
     assert folds.update(0, band, np.arange(0, 16), np.arange(0), np.zeros(16)) == (1, 2)
     assert band.tobytes() == want.tobytes()
     got = folds.finish(0)
@@ -307,11 +356,11 @@ def test_infinities_are_replaced_in_the_band_and_nothing_else_is(dtype: str) -> 
     assert got.sample.values[3, 1] == DTYPES[dtype].type(LARGEST[dtype])
 
 
-def test_other_rows_are_mended_too_but_enter_no_list() -> None:
+def test_other_rows_are_mended_too_but_enter_no_list(make_folds: MakeFolds) -> None:
     """An infinity of a first row is replaced and counted, and no list names the row."""
     band = np.ones((1, 8, 3), np.float32)
     band[0, 0] = np.inf
-    folds = BandFolds([3], ["float32"], first_row_id=0, k=8)
+    folds = make_folds([3], ["float32"], first_row_id=0, k=8)
     assert folds.update(0, band, np.arange(1, 8), np.arange(1), np.zeros(7)) == (0, 3)
     got = folds.finish(0)
     assert np.isfinite(band).all()
@@ -325,9 +374,9 @@ def test_other_rows_are_mended_too_but_enter_no_list() -> None:
     assert got.topk.top.counts.tolist() == [7] * 3
 
 
-def test_only_the_first_places_are_remembered() -> None:
+def test_only_the_first_places_are_remembered(make_folds: MakeFolds) -> None:
     """Of many faults the sixteen first, by row, then column, are remembered, across bands."""
-    folds = BandFolds([70], ["float16"], first_row_id=0, k=3, n_threads=2)
+    folds = make_folds([70], ["float16"], first_row_id=0, k=3, n_threads=2)
     for i in range(3):
         band = np.zeros((1, 16, 70), np.float16)
         band[0, 3, ::11] = np.nan
@@ -340,7 +389,9 @@ def test_only_the_first_places_are_remembered() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_thresholds_of_committed_segments_lose_no_row(data: st.DataObject) -> None:
+def test_thresholds_of_committed_segments_lose_no_row(
+    make_folds: MakeFolds, data: st.DataObject
+) -> None:
     """Segments done in any order, each under the lists of those before, give the lists of all."""
     k, n_segments = data.draw(st.sampled_from([1, 3, 9])), 4
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
@@ -355,6 +406,7 @@ def test_thresholds_of_committed_segments_lose_no_row(data: st.DataObject) -> No
     for segment in data.draw(st.permutations(range(n_segments))):
         mine = slice(32 * segment, 32 * segment + 32)
         got = fold_bands(
+            make_folds,
             block[mine],
             "float16",
             content[mine],
@@ -382,7 +434,9 @@ def test_thresholds_of_committed_segments_lose_no_row(data: st.DataObject) -> No
 
 
 @pytest.mark.parametrize(("threshold_row", "ties"), [(5, []), (1000, [61, 1])])
-def test_thresholds_keep_hopeless_rows_out(threshold_row: int, ties: list[int]) -> None:
+def test_thresholds_keep_hopeless_rows_out(
+    make_folds: MakeFolds, threshold_row: int, ties: list[int]
+) -> None:
     """Lists hold only what comes before the thresholds: ties only if theirs is a later row."""
     block = np.arange(64, dtype=np.float32)[:, None]
     rows = np.array([threshold_row])
@@ -392,6 +446,7 @@ def test_thresholds_keep_hopeless_rows_out(threshold_row: int, ties: list[int]) 
         np.sort(hash_rows(np.arange(100, 164), Sample().seed))[4],
     )
     got = fold_bands(
+        make_folds,
         block,
         "float32",
         np.ones(64, bool),
@@ -409,36 +464,40 @@ def test_thresholds_keep_hopeless_rows_out(threshold_row: int, ties: list[int]) 
     assert len(got.sample.row_ids) == 5
 
 
-def test_columns_of_zeros_do_not_fill_the_candidates_again() -> None:
+def test_columns_of_zeros_do_not_fill_the_candidates_again(make_folds: MakeFolds) -> None:
     """Once a bottom list is full of zeros, later zeros are not even candidates."""
-    folds = BandFolds([1], ["float16"], first_row_id=0, k=10)
+    folds = make_folds([1], ["float16"], first_row_id=0, k=10)
     for i in range(8):
         band, rows = np.zeros((1, 64, 1), np.float16), np.arange(64)
         folds.update(0, band, rows, np.arange(0), rows + 64 * i, 64 * i)
-    assert folds._sites[0].candidates.counts.tolist() == [[10], [10]]
-    assert folds._sites[0].window_candidates.counts.tolist() == [[10]]
+        site = folds._sites[0]
+        if isinstance(folds, BandFolds):
+            assert site.candidates.counts.tolist() == [[10], [10]]
+            assert site.window_candidates.counts.tolist() == [[10]]
+        elif i:
+            assert int(site.lists.n_loose) == 0
     got = folds.finish(0).topk
     assert got.bottom.row_ids.tolist() == got.top.row_ids.tolist() == [list(range(10))]
 
 
 @pytest.mark.parametrize("first_rows", [[7], [8], [9], [1, 7, 8, 9, 24, 25], [32], [33], [60]])
-def test_windows_end_anywhere(first_rows: list[int]) -> None:
+def test_windows_end_anywhere(make_folds: MakeFolds, first_rows: list[int]) -> None:
     """Windows that end inside groups and bands, or at their edges, give one row each."""
     rng = np.random.default_rng(3)
     block = rng.integers(0, 9, (70, 5)).astype(np.float16)
     windows = np.searchsorted(first_rows, np.arange(70), side="right")
     content = np.ones(70, bool)
     got = fold_bands(
-        block, "float16", content, chunk_rows=32, chunk_columns=5, k=10, windows=windows
+        make_folds, block, "float16", content, chunk_rows=32, chunk_columns=5, k=10, windows=windows
     ).window_top
     assert_list(got, definition(block, "float16", content, 10, 0, windows)[3])
     assert got.counts.tolist() == [len(first_rows) + 1] * 5
 
 
-def test_looking_at_the_result_changes_nothing() -> None:
+def test_looking_at_the_result_changes_nothing(make_folds: MakeFolds) -> None:
     """`finish` in the middle of a window leaves the window open."""
     block = np.float32([[5.0], [1.0], [7.0], [2.0]])
-    folds = BandFolds([1], ["float32"], first_row_id=0, k=3)
+    folds = make_folds([1], ["float32"], first_row_id=0, k=3)
     seen = []
     for i, band in enumerate(to_bands(block, 1, 1)):
         folds.update(0, band, np.arange(1), np.arange(0), np.array([i // 3]), i)
@@ -448,13 +507,13 @@ def test_looking_at_the_result_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_grams_are_those_of_float64(dtype: str) -> None:
+def test_grams_are_those_of_float64(make_folds: MakeFolds, dtype: str) -> None:
     """Products in float32 give the float64 Gram to 1e-5; a row with NaN is left out whole."""
     block = activations(2999, 70, dtype)
     block[5, 3] = np.nan
     content = np.arange(2999) % 7 > 0
     got = fold_bands(
-        block, dtype, content, chunk_rows=1024, chunk_columns=35, k=2, with_gram=True
+        make_folds, block, dtype, content, chunk_rows=1024, chunk_columns=35, k=2, with_gram=True
     ).gram
     want = of_all(Gram(), block[content])
     assert got.n == want.n == content.sum() - 1
@@ -463,9 +522,9 @@ def test_grams_are_those_of_float64(dtype: str) -> None:
     assert (np.abs(got.m2 - want.m2) <= 1e-5 * want.n * np.outer(scale, scale) + 1e-12).all()
 
 
-def test_nothing_seen_gives_the_state_of_no_rows() -> None:
+def test_nothing_seen_gives_the_state_of_no_rows(make_folds: MakeFolds) -> None:
     """A site without a content row has the states that folds start from."""
-    folds = BandFolds([4], ["bfloat16"], first_row_id=0, k=3, gram_sites=[0])
+    folds = make_folds([4], ["bfloat16"], first_row_id=0, k=3, gram_sites=[0])
     folds.update(
         0, np.ones((1, 8, 4), DTYPES["bfloat16"]), np.arange(0), np.arange(8), np.arange(0)
     )
@@ -475,9 +534,9 @@ def test_nothing_seen_gives_the_state_of_no_rows() -> None:
     assert got.moments_others.n.tolist() == [8] * 4
 
 
-def test_sites_are_apart() -> None:
+def test_sites_are_apart(make_folds: MakeFolds) -> None:
     """Each site has its own width, dtype and state."""
-    folds = BandFolds([3, 2], ["float16", "bfloat16"], first_row_id=0, k=2)
+    folds = make_folds([3, 2], ["float16", "bfloat16"], first_row_id=0, k=2)
     band, rows = np.ones((1, 8, 2), DTYPES["bfloat16"]), np.arange(8)
     folds.update(1, band, rows, np.arange(0), rows)
     assert folds.finish(0).moments.n.tolist() == [0, 0, 0]
@@ -487,26 +546,35 @@ def test_sites_are_apart() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "with_gram"), [("float16", False), ("float32", True)])
-def test_the_memory_it_takes_is_the_memory_that_was_told(dtype: str, with_gram: bool) -> None:
+def test_the_memory_it_takes_is_the_memory_that_was_told(
+    make_folds: MakeFolds, dtype: str, with_gram: bool
+) -> None:
     """The state after some bands is within what `state_bytes` says, and not far below."""
     block = activations(2048, 64, dtype)
-    folds = BandFolds(
+    folds = make_folds(
         [64], [dtype], first_row_id=0, k=50, sample=Sample(101), gram_sites=[0] * with_gram
     )
+    on_device = isinstance(folds, DeviceFolds)
+    told = (device if on_device else cpu).state_bytes(64, dtype, 50, 101, 8, with_gram)
+    most = 0
     for i, band in enumerate(to_bands(block, 256, 64)):
         rows = np.arange(1, 256)
         folds.update(0, band, rows, np.arange(1), rows // 9, 256 * i)
-    told = state_bytes(64, dtype, 50, 101, 8, with_gram)
-    assert 0.75 * told - 12 * 64**2 * with_gram <= folds.n_bytes <= told
+        most = max(most, folds.n_bytes)
+    # Gram: products in float32, and the state made of the sums.  Device: candidates that wait.
+    slack = 64 * 3 * 1200 if on_device else 12 * 64**2 * with_gram
+    assert 0.75 * told - slack <= most <= told
 
 
-def test_a_band_may_be_given_as_its_bits() -> None:
+def test_a_band_may_be_given_as_its_bits(make_folds: MakeFolds) -> None:
     """Bits, as other libraries hand out bfloat16, are read as the site's dtype."""
     block = activations(64, 6, "bfloat16")
-    as_bits = BandFolds([6], ["bfloat16"], first_row_id=0, k=4)
+    as_bits = make_folds([6], ["bfloat16"], first_row_id=0, k=4)
     (band,) = to_bands(block, 64, 3)
     as_bits.update(0, band.view(np.uint16), np.arange(64), np.arange(0), np.zeros(64))
-    want = fold_bands(block, "bfloat16", np.ones(64, bool), chunk_rows=64, chunk_columns=3, k=4)
+    want = fold_bands(
+        make_folds, block, "bfloat16", np.ones(64, bool), chunk_rows=64, chunk_columns=3, k=4
+    )
     assert_lists(as_bits.finish(0).topk, want.topk)
 
 
@@ -535,9 +603,9 @@ def start_thresholds(width: int, window_width: int) -> SiteThresholds:
         ({"thresholds": start_thresholds(7, 3)}, r"expected \(7,\)"),
     ],
 )
-def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+def test_mistakes_are_named(make_folds: MakeFolds, change: dict[str, Any], message: str) -> None:
     """A band, rows or thresholds that do not fit are refused, and what fits is said."""
-    folds = BandFolds([7], ["float16"], first_row_id=0, k=2)
+    folds = make_folds([7], ["float16"], first_row_id=0, k=2)
     good: dict[str, Any] = {
         "band": np.zeros((2, 8, 4), np.float16),
         "content": np.arange(8),
@@ -561,8 +629,10 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
         (([3], ["float16"], 0), "k = 0 keeps nothing; give k >= 1"),
     ],
 )
-def test_impossible_folds_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_impossible_folds_are_refused(
+    make_folds: MakeFolds, arguments: tuple[Any, ...], message: str
+) -> None:
     """Sites and k that cannot be folded are refused before any band comes."""
     widths, dtypes, k = arguments
     with pytest.raises(ArgumentError, match=message):
-        BandFolds(widths, dtypes, first_row_id=0, k=k)
+        make_folds(widths, dtypes, first_row_id=0, k=k)
