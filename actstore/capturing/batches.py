@@ -68,6 +68,17 @@ class Batch:
             yield values[i, :head]
             yield values[i, head + skip : length]
 
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Return where the rows of `stored` lie in what a site gave, window after window."""
+        n_positions = self.input_ids.shape[1]
+        rows = []
+        for i, (length, skip) in enumerate(zip(self.lengths, self.skip, strict=True)):
+            own = np.arange(length)
+            # As in `stored`: leading context is no row, the special tokens before it are.
+            is_context = (own >= self.n_prefix) & (own < self.n_prefix + skip)
+            rows.append(i * n_positions + own[~is_context])
+        return np.concatenate(rows)
+
 
 def batches(store: CoreStore, model: LanguageModel, segment: int) -> Iterator[Batch]:
     """Yield the batches of a segment; at most `batch_tokens` tokens each, padding counted."""

@@ -75,6 +75,8 @@ class Estimate:
     """Peak bytes beyond the loaded model, measured in the short capture."""
     free_bytes: int
     """Bytes free on the disk of the store."""
+    device_bytes: int
+    """Bytes of the model's GPU beyond the model, about; 0 where it runs on the CPU."""
 
     @property
     def total_bytes(self) -> int:
@@ -85,6 +87,7 @@ class Estimate:
         sites = "\n".join(f"  {name:<16} {n:>16,}" for name, n in self.site_bytes.items())
         needed = self.total_bytes + self.other_bytes
         enough = "" if needed <= self.free_bytes else "  NOT ENOUGH"
+        on_gpu = f", {self.device_bytes / 1e6:,.0f} MB of the GPU" if self.device_bytes else ""
         return (
             f"model      {self.model}\n"
             f"documents  {self.n_documents:,}\n"
@@ -93,7 +96,7 @@ class Estimate:
             f"bytes      {self.total_bytes:,} of rows, about {self.other_bytes:,} beside, "
             f"{self.free_bytes:,} free{enough}\n{sites}\n"
             f"seconds    about {self.seconds:,.0f}; bottleneck: {self.bottleneck}\n"
-            f"memory     about {self.memory_bytes / 1e6:,.0f} MB beyond the model"
+            f"memory     about {self.memory_bytes / 1e6:,.0f} MB{on_gpu} beyond the model"
         )
 
     __repr__ = __str__
@@ -175,6 +178,7 @@ def run_estimate(
         bottleneck,
         probe.memory_bytes,
         shutil.disk_usage(folder).free,
+        probe.device_bytes,
     )
 
 
@@ -266,6 +270,8 @@ class _Probe:
             n_planned = sum(s.rows[""] for s in store.planned.values())
             self.plan_bytes_per_row = plan_bytes / n_planned
             """Bytes of text and tokens, for a row."""
+        self.device_bytes = worker.device_bytes
+        """Bytes of the model's GPU, beyond the model."""
         bands = worker.n_bands * meta.chunk_rows * meta.row_bytes
         folds = list_bytes(meta.sites, whole.segment_rows // meta.chunk_rows, meta.grams)
         computed = bands + folds + sampled_bytes(whole)

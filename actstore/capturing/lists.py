@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from actstore.errors import DamagedFile
 from actstore.folds import FOLDS, Sample, TopK, WindowTop
-from actstore.folds.passes import SiteFolds, SiteThresholds
 from actstore.folds.histogram import HistogramState
+from actstore.folds.passes import SiteFolds, SiteThresholds
 from actstore.folds.sample import SampleState
 from actstore.folds.topk import Ranked, TopKState, empty_list
 from actstore.folds.zones import ZonesState

@@ -2,11 +2,9 @@
 
     batches of neighbouring windows -> forward, hooks -> bands -> folds -> writer thread -> commit
 
-A *band* is `chunk_rows` rows of every site in the order the shard will have.  The hooks cast and
-re-lay activations straight into it, so each value is touched once between the model and the disk;
-when all its rows are there, one compiled pass folds it, and the writer thread appends it to the
-segment's shards, or picks from it the rows of sites that keep only some.  Bands come from a pool of
-fixed size: when the disk is slow the pool runs dry and the model waits; memory does not grow.
+The hooks cast and re-lay activations straight into a *band* (`actstore.capturing.bands`).  When all
+its rows are there it is folded, where the model runs, and the writer thread appends it to the
+segment's shards, or picks from it the rows of sites that keep only some.
 
 Batches follow from the plan alone, bands are folded in row order, and commits happen in segment
 order, so what is written does not depend on timing.
@@ -19,27 +17,27 @@ import threading
 import time
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from actstore.capturing.allocator import freed_memory_kept, give_back
+from actstore.capturing.bands import Band, Folds, bands_of
 from actstore.capturing.batches import Batch, batches
 from actstore.capturing.compact import compact, needs_compaction
 from actstore.capturing.lists import SAMPLE, TOPK, RunningLists, SiteLists, pack_site
 from actstore.capturing.sampled import SampledBands, sampled_bytes
 from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreBusy
-from actstore.folds.cpu import BandFolds, state_bytes
+from actstore.folds.cpu import state_bytes
 from actstore.folds.passes import SiteFolds
 from actstore.models import LanguageModel
 from actstore.site import Site
 from actstore.store import FIRST, SPECIAL, CoreStore, SegmentWriter, SiteCounts, SiteInfo, StoreMeta
 from actstore.store.budget import Progress
-from actstore.store.stored_rows import ALL, is_sample
+from actstore.store.stored_rows import is_sample
 
 OnFault = Literal["error", "count"]
 
@@ -49,7 +47,6 @@ _LIST_BYTES = 3 * 12
 _USUAL_BANDS = 16
 # A wait that is less than this part of the time is no bottleneck.
 _WAITING_SHARE = 0.1
-_TORCH = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -59,7 +56,7 @@ class Timing:
     forward: float = 0.0
     """Model and hooks, with the copy into bands."""
     folds: float = 0.0
-    """The compiled pass over bands."""
+    """The pass over bands; on a GPU, the wait for the model that fills them is in it."""
     waiting: float = 0.0
     """The model's wait for a free band, which the disk has not given back yet."""
     planning: float = 0.0
@@ -100,53 +97,13 @@ class Timing:
         )
 
 
-class _Band:
-    """One buffer of `chunk_rows` rows for every site, in chunk order."""
-
-    def __init__(self, store: CoreStore) -> None:
-        self.buffers: dict[Site, torch.Tensor] = {}
-        for info in store.meta.sites:
-            layout = store.meta.layout(replace(info, keep=ALL))
-            shape = (layout.n_column_chunks, layout.chunk_rows, layout.chunk_columns)
-            # NaN marks what no row fills: padded columns, and the hole at a segment's end.
-            # NumPy's memory comes in huge pages, where there are any.
-            bits = np.empty(shape, f"i{layout.numpy_dtype.itemsize}")
-            buffer = torch.from_numpy(bits).view(_TORCH[info.dtype])
-            self.buffers[info.site] = buffer.fill_(torch.nan)
-
-    def put(self, site: Site, row: int, values: torch.Tensor) -> None:
-        """Cast rows ``(n, width)`` into the band from a row on."""
-        buffer = self.buffers[site]
-        n, width = values.shape
-        columns = buffer.shape[2]
-        full = width // columns
-        buffer[:full, row : row + n].copy_(
-            values[:, : full * columns].reshape(n, full, columns).transpose(0, 1)
-        )
-        if width % columns:
-            buffer[full, row : row + n, : width % columns].copy_(values[:, full * columns :])
-
-    def end_at(self, row: int) -> None:
-        """Mark the rows from one on as not there."""
-        for buffer in self.buffers.values():
-            buffer[:, row:] = torch.nan
-
-    def array(self, site: Site) -> npt.NDArray[Any]:
-        """Return the site's buffer as NumPy, without a copy."""
-        buffer = self.buffers[site]
-        if buffer.dtype == torch.bfloat16:
-            return buffer.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        found: npt.NDArray[Any] = buffer.numpy()
-        return found
-
-
 @dataclass
 class _SegmentWork:
     """A segment on its way through the pipeline."""
 
     segment: int
     writer: SegmentWriter
-    folds: BandFolds
+    folds: Folds
     content: npt.NDArray[np.int64]
     others: npt.NDArray[np.int64]
     windows: npt.NDArray[np.int64]
@@ -154,7 +111,7 @@ class _SegmentWork:
     rows: int
     relied_on: list[int]
     leave: ExitStack
-    open_bands: dict[int, _Band] = field(default_factory=dict)
+    open_bands: dict[int, Band] = field(default_factory=dict)
     filled: int = 0
     abandoned: bool = False
 
@@ -243,17 +200,20 @@ class Worker:
         self._progress = progress
         self.timing = Timing()
         self.n_bands = affordable_bands(store.meta, budget)
-        # Bands are made when one is needed that the disk has not given back yet.
-        self._pool: queue.Queue[_Band] = queue.Queue()
-        self._n_made = 0
-        # Bounded by the pool: every band in it was taken from there.
-        self._tasks: queue.Queue[tuple[_SegmentWork, int, _Band | None] | None] = queue.Queue()
+        self._bands = bands_of(model.device)(store, model.device, self.n_bands, self._wait)
+        # Bounded by the pool of bands: every one in it was taken from there.
+        self._tasks: queue.Queue[tuple[_SegmentWork, int, Band | None] | None] = queue.Queue()
         self._sampled = SampledBands(store.meta)
         self._failure: BaseException | None = None
         self._under_way: list[_SegmentWork] = []
         self._rows_done = self._rows_planned = 0
         self._lists = RunningLists(store)
         self._lists_lock = threading.Lock()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the model's GPU that the capture takes beyond the model, about."""
+        return self._bands.device_bytes
 
     def run(self, segments: Iterable[int]) -> int:
         """Capture the segments that are not committed, in ascending order; return their rows.
@@ -308,15 +268,7 @@ class Worker:
         flags = tokens.column("flags").to_numpy()
         content = (flags & (SPECIAL | FIRST)) == 0
         windows = tokens.column("window_id").to_numpy()[content]
-        folds = BandFolds(
-            [info.width for info in store.meta.sites],
-            [info.dtype for info in store.meta.sites],
-            first_row_id=segment * store.meta.segment_rows,
-            k=TOPK.k,
-            n_threads=torch.get_num_threads(),
-            sample=SAMPLE,
-            gram_sites=[i for i, s in enumerate(store.sites) if str(s) in store.meta.grams],
-        )
+        folds = self._bands.start_folds(segment * store.meta.segment_rows)
         rows = np.flatnonzero(content), np.flatnonzero(~content)
         return _SegmentWork(segment, writer, folds, *rows, windows, len(flags), [], leave)
 
@@ -337,15 +289,13 @@ class Worker:
         self._tasks.put((work, 0, None))
         return work.rows
 
-    def _take_band(self) -> _Band:
-        if self._pool.empty() and self._n_made < self.n_bands:
-            self._n_made += 1
-            return _Band(self._store)
+    def _wait(self, bands: queue.Queue[Band]) -> Band:
+        """Return a band that the writer gave back, once it has."""
         started = time.perf_counter()
         while True:
             self._check_writer()
             try:
-                return self._pool.get(timeout=0.2)
+                return bands.get(timeout=0.2)
             except queue.Empty:
                 continue
             finally:
@@ -356,7 +306,7 @@ class Worker:
         size = self._store.meta.chunk_rows
         for number in range(work.filled // size, -(-(work.filled + batch.rows) // size)):
             if number not in work.open_bands:
-                work.open_bands[number] = self._take_band()
+                work.open_bands[number] = self._bands.take()
         started = time.perf_counter()
 
         def put(site: Site, row: int, values: torch.Tensor) -> None:
@@ -368,7 +318,7 @@ class Worker:
 
         def sink(site: Site, values: torch.Tensor) -> None:
             row = work.filled
-            for rows in batch.stored(values):
+            for rows in self._bands.stored(batch, values):
                 put(site, row, rows)
                 row += len(rows)
 
@@ -384,7 +334,7 @@ class Worker:
             if (number + 1) * self._store.meta.chunk_rows <= work.filled:
                 self._fold(work, number, work.open_bands[number])
 
-    def _fold(self, work: _SegmentWork, number: int, band: _Band) -> None:
+    def _fold(self, work: _SegmentWork, number: int, band: Band) -> None:
         started = time.perf_counter()
         first = number * self._store.meta.chunk_rows
         stop = first + self._store.meta.chunk_rows
@@ -401,7 +351,7 @@ class Worker:
         # In the order of the model, so that a fault is told where it began.
         for i, info in sorted(enumerate(self._store.meta.sites), key=_place_in_model):
             n_nan, n_overflow = work.folds.update(
-                *(i, band.array(info.site), content, others, windows),
+                *(i, self._bands.values(band, info.site), content, others, windows),
                 *(first, thresholds.get(info.site)),
             )
             if (n_nan and self._on_nan == "error") or (n_overflow and self._on_overflow == "error"):
@@ -409,9 +359,9 @@ class Worker:
         self.timing.folds += time.perf_counter() - started
         del work.open_bands[number]
         if self._store.meta.kept_sites:
-            self._tasks.put((work, number, band))
+            self._tasks.put((work, number, self._bands.pass_on(band)))
         else:
-            self._pool.put(band)
+            self._bands.drop(band)
 
     def _fault(
         self, work: _SegmentWork, index: int, info: SiteInfo, kind: str
@@ -454,13 +404,13 @@ class Worker:
                 self._failure = error
             finally:
                 if band is not None:
-                    self._pool.put(band)
+                    self._bands.written(band)
             seconds = time.perf_counter() - started
             self.timing.writing += seconds
             if band is None:
                 self.timing.committing += seconds
 
-    def _write(self, work: _SegmentWork, first: int, band: _Band) -> None:
+    def _write(self, work: _SegmentWork, first: int, band: Band) -> None:
         """Write the rows of a band that are kept; it begins at an offset in the segment."""
         for info in self._store.meta.kept_sites:
             if is_sample(info.keep):

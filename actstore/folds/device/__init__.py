@@ -6,5 +6,6 @@ runs.
 
 from actstore.folds.device.band import TORCH_DTYPES
 from actstore.folds.device.folds import DeviceFolds, state_bytes, temporary_bytes
+from actstore.folds.device.pieces import to_device
 
-__all__ = ["TORCH_DTYPES", "DeviceFolds", "state_bytes", "temporary_bytes"]
+__all__ = ["TORCH_DTYPES", "DeviceFolds", "state_bytes", "temporary_bytes", "to_device"]
