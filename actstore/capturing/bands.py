@@ -114,16 +114,16 @@ Wait = Callable[["queue.Queue[Band]"], Band]
 class _Pool:
     """Bands that are made when one is needed that has not come back yet, up to a number."""
 
-    def __init__(self, n_bands: int, make: Callable[[], Band], wait: Wait) -> None:
+    def __init__(self, n_bands: int, make: Callable[[], Band]) -> None:
         self._free: queue.Queue[Band] = queue.Queue()
-        self._n_left, self._make, self._wait = n_bands, make, wait
+        self._n_left, self._make = n_bands, make
 
-    def take(self) -> Band:
+    def take(self, wait: Wait) -> Band:
         """Return a band, once there is one."""
         if self._free.empty() and self._n_left:
             self._n_left -= 1
             return self._make()
-        return self._wait(self._free)
+        return wait(self._free)
 
     def give_back(self, band: Band) -> None:
         """Let others take the band."""
@@ -141,13 +141,11 @@ class HostBands:
         Where the model runs.
     n_bands : int
         Bands that may lie in the memory of the CPU.
-    wait : callable
-        Returns what a queue gives, once it does; called when the disk has not kept up.
     """
 
-    def __init__(self, store: CoreStore, device: torch.device, n_bands: int, wait: Wait) -> None:
+    def __init__(self, store: CoreStore, device: torch.device, n_bands: int) -> None:
         self._meta = store.meta
-        self._pool = _Pool(n_bands, lambda: Band(store.meta, store.meta.sites, _in_ram), wait)
+        self._pool = _Pool(n_bands, lambda: Band(store.meta, store.meta.sites, _in_ram))
 
     @property
     def device_bytes(self) -> int:
@@ -164,15 +162,15 @@ class HostBands:
         """Yield the stored rows ``(n, width)`` of what a site gave, in row order."""
         return batch.stored(values)
 
-    def take(self) -> Band:
-        """Return a band for the model to fill."""
-        return self._pool.take()
+    def take(self, wait: Wait) -> Band:
+        """Return a band for the model to fill; waits where the disk has not kept up."""
+        return self._pool.take(wait)
 
     def values(self, band: Band, site: Site) -> npt.NDArray[Any]:
         """Return what the folds take of a band."""
         return band.array(site)
 
-    def pass_on(self, band: Band) -> Band:
+    def pass_on(self, band: Band, wait: Wait) -> Band:
         """Return a folded band as the writer gets it."""
         return band
 
@@ -188,7 +186,7 @@ class HostBands:
 class DeviceBands:
     """The bands of a model that runs on a GPU; parameters as of `HostBands`."""
 
-    def __init__(self, store: CoreStore, device: torch.device, n_bands: int, wait: Wait) -> None:
+    def __init__(self, store: CoreStore, device: torch.device, n_bands: int) -> None:
         self._meta, self._device = store.meta, device
         kept = store.meta.kept_sites
         self._there: deque[Band] = deque()
@@ -199,7 +197,7 @@ class DeviceBands:
         # PyTorch gives this no types.
         self._stream = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
         empty = _pinned if is_gpu else _in_ram
-        self._here = _Pool(n_bands, lambda: Band(store.meta, kept, empty), wait)
+        self._here = _Pool(n_bands, lambda: Band(store.meta, kept, empty))
         self._positions: tuple[Batch, torch.Tensor] | None = None
 
     @property
@@ -232,11 +230,14 @@ class DeviceBands:
 
         Windows may be many and short: on a GPU their number must not be that of the copies.
         """
-        if self._positions is None or self._positions[0] is not batch:
-            self._positions = batch, device_folds.to_device(batch.positions(), self._device)
-        yield values.flatten(0, 1).index_select(0, self._positions[1])
+        rows = values.flatten(0, 1)
+        if len(rows) > batch.rows:
+            if self._positions is None or self._positions[0] is not batch:
+                self._positions = batch, device_folds.to_device(batch.positions(), self._device)
+            rows = rows.index_select(0, self._positions[1])
+        yield rows
 
-    def take(self) -> Band:
+    def take(self, wait: Wait) -> Band:
         """Return a band for the model to fill, behind the copy that may still be made of it."""
         if not self._there or (self._n_there < self._most_there and self._there[0].copied):
             self._n_there += 1
@@ -254,9 +255,12 @@ class DeviceBands:
         """Return what the folds take of a band."""
         return band.buffers[site]
 
-    def pass_on(self, band: Band) -> Band:
-        """Return a folded band as the writer gets it: a copy that may still be under way."""
-        copy = self._here.take()
+    def pass_on(self, band: Band, wait: Wait) -> Band:
+        """Return a folded band as the writer gets it: a copy that may still be under way.
+
+        Waits where the disk has not kept up.
+        """
+        copy = self._here.take(wait)
         if self._stream is None:
             _copy(band, copy)
         else:

@@ -200,7 +200,7 @@ class Worker:
         self._progress = progress
         self.timing = Timing()
         self.n_bands = affordable_bands(store.meta, budget)
-        self._bands = bands_of(model.device)(store, model.device, self.n_bands, self._wait)
+        self._bands = bands_of(model.device)(store, model.device, self.n_bands)
         # Bounded by the pool of bands: every one in it was taken from there.
         self._tasks: queue.Queue[tuple[_SegmentWork, int, Band | None] | None] = queue.Queue()
         self._sampled = SampledBands(store.meta)
@@ -306,7 +306,7 @@ class Worker:
         size = self._store.meta.chunk_rows
         for number in range(work.filled // size, -(-(work.filled + batch.rows) // size)):
             if number not in work.open_bands:
-                work.open_bands[number] = self._bands.take()
+                work.open_bands[number] = self._bands.take(self._wait)
         started = time.perf_counter()
 
         def put(site: Site, row: int, values: torch.Tensor) -> None:
@@ -359,7 +359,7 @@ class Worker:
         self.timing.folds += time.perf_counter() - started
         del work.open_bands[number]
         if self._store.meta.kept_sites:
-            self._tasks.put((work, number, self._bands.pass_on(band)))
+            self._tasks.put((work, number, self._bands.pass_on(band, self._wait)))
         else:
             self._bands.drop(band)
 

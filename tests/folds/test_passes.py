@@ -4,9 +4,11 @@ Each test runs the compiled pass of the CPU and that of devices, which torch's C
 GPU where there is one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ from actstore.errors import ArgumentError
 from actstore.folds import Gram, Histogram, Moments, Sample, TopK, WindowTop, Zones, cpu, device
 from actstore.folds.cpu import BandFolds
 from actstore.folds.device import DeviceFolds
+from actstore.folds.device import band as device_band
+from actstore.folds.device import folds as device_run
+from actstore.folds.device import lists as device_lists
 from actstore.folds.moments import MomentsState
 from actstore.folds.passes import SiteFolds, SiteThresholds
 from actstore.folds.topk import Ranked, Thresholds, TopKState
@@ -52,12 +57,24 @@ class FoldsOnDevice(DeviceFolds):
         return found
 
 
-@pytest.fixture(scope="module", params=["compiled", *DEVICES])
-def make_folds(request: pytest.FixtureRequest) -> MakeFolds:
+@pytest.fixture(scope="module", params=["compiled", *DEVICES, "cpu in small parts"])
+def make_folds(request: pytest.FixtureRequest) -> Iterator[MakeFolds]:
     """Return what makes the folds of one pass after the other."""
     if request.param == "compiled":
-        return BandFolds
-    return partial(FoldsOnDevice, device=torch.device(request.param))
+        yield BandFolds
+        return
+    device_name, *small = request.param.split(maxsplit=1)
+    with ExitStack() as changed:
+        if small:  # as bands are in which a block, a look or a merge does not take all at once
+            for module, name, n in (
+                (device_band, "BLOCK_VALUES", 64),
+                (device_run, "_LOOK_VALUES", 400),
+                (device_lists, "_MERGED_KEYS", 400),
+                (device_lists, "_MOST_ADDED", 8),
+                (device_lists, "_MOST_SETTLED", 1),
+            ):
+                changed.enter_context(mock.patch.object(module, name, n))
+        yield partial(FoldsOnDevice, device=torch.device(device_name))
 
 
 def to_bands(block: np.ndarray, chunk_rows: int, chunk_columns: int) -> list[np.ndarray]:
@@ -299,7 +316,7 @@ def test_every_16_bit_pattern_is_read_right(make_folds: MakeFolds, dtype: str) -
     assert got.nan.n == (np.arange(65536) & 0x7FFF > exponent).sum() > 0
 
 
-def test_the_number_of_threads_changes_no_bit(make_folds: MakeFolds) -> None:
+def test_the_number_of_threads_changes_no_bit() -> None:
     """One, two and three threads give the same bits, faults and their places included."""
     block = activations(777, 514, "float16")
     block[::3, ::7] = np.inf
@@ -307,7 +324,7 @@ def test_the_number_of_threads_changes_no_bit(make_folds: MakeFolds) -> None:
     is_content = np.arange(777) % 13 > 0
     results = [
         fold_bands(
-            make_folds,
+            BandFolds,
             block,
             "float16",
             is_content,
