@@ -7,7 +7,8 @@ committed rows.  NumPy computes the same sums, extremes, counts, window maxima a
 by chunk so that its temporaries stay in cache.  *Parts* are steady, on one thread: moments and
 extremes alone are what special and first rows cost; the Gram is of one site of 1,536 columns.  CPU
 is the time of all cores together, and ratios are of CPU: on a shared machine the clock says more of
-the neighbours than of us.
+the neighbours than of us.  *On a device* are the folds of bands that lie on a GPU, where there is
+one: its clock is what counts, its CPU time that of launching.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from actstore.folds import Sample, TopK, WindowTop
-from actstore.folds.cpu import BandFolds, SiteThresholds, warm_up
+from actstore.folds.cpu import BandFolds, warm_up
+from actstore.folds.device import DeviceFolds
 from actstore.folds.histogram import N_BINS
+from actstore.folds.passes import SiteThresholds
 from actstore.folds.topk import Ranked, TopKState
 
 Band = NDArray[np.float16]
@@ -47,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, segment_bands, n_rounds = (64, 2, 1) if tiny else (4096, 16, 5)
     widths = [64, 32] if tiny else [1536] * 6 + [384] * 7
     n_threads = os.cpu_count() or 1
+    device = _device(tiny)
     data = _Rows(widths, rows)
     results: dict[str, list[_Time]] = {"NumPy, op by op": []}
 
@@ -82,6 +87,12 @@ def main(argv: list[str] | None = None) -> None:
             ),
             "part: Gram of one site, beside all": partial(_gram, bands[0], data.widths[0]),
         }
+        if device is not None:
+            there = _start_on(device, widths, seen * rows)
+            moved = [torch.from_numpy(band).to(device) for band in bands]
+            contestants[f"steady, on a device: {device.type}"] = partial(
+                _update_on, device, there, moved, thresholds
+            )
         for name in sorted(contestants, reverse=bool(i % 2)):
             results.setdefault(name, []).append(_timed(contestants[name]))
     results[f"cold, {_threads(n_threads)}: first band"] = cold[:1]
@@ -105,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{seconds / rows * 1e6:.2f}",
             f"{cpu / rows * 1e6:.2f}",
             f"{cpu / rows / columns * 1e9:.3f}",
-            "" if "part" in name else f"{medians['NumPy, op by op'].cpu / cpu:.1f}",
+            ""
+            if "part" in name or "device" in name
+            else f"{medians['NumPy, op by op'].cpu / cpu:.1f}",
         )
     console = Console()
     console.print(table)
@@ -216,9 +229,32 @@ def _start(widths: list[int], n_threads: int, first_row_id: int) -> BandFolds:
     return BandFolds(widths, dtypes, first_row_id=first_row_id, n_threads=n_threads)
 
 
+def _device(tiny: bool) -> torch.device | None:
+    """Return the GPU, or what stands for it where the benchmark need only run."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu") if tiny else None
+
+
+def _start_on(device: torch.device, widths: list[int], first_row_id: int) -> DeviceFolds:
+    dtypes = ["float16"] * len(widths)
+    return DeviceFolds(widths, dtypes, first_row_id=first_row_id, device=device)
+
+
+def _update_on(
+    device: torch.device,
+    folds: DeviceFolds,
+    bands: list[torch.Tensor],
+    thresholds: list[SiteThresholds],
+) -> None:
+    _update(folds, bands, 0, thresholds)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _update(
-    folds: BandFolds,
-    bands: list[Band],
+    folds: BandFolds | DeviceFolds,
+    bands: list[Any],
     offset: int,
     thresholds: list[SiteThresholds],
     window_rows: int = WINDOW_ROWS,

@@ -316,6 +316,17 @@ def test_every_16_bit_pattern_is_read_right(make_folds: MakeFolds, dtype: str) -
     assert got.nan.n == (np.arange(65536) & 0x7FFF > exponent).sum() > 0
 
 
+def test_what_the_lower_half_of_a_float32_holds_is_seen(make_folds: MakeFolds) -> None:
+    """Tiny values are not 0 and a NaN is no infinity, where only the lower bits say so."""
+    bits = np.uint32([1, 0x80000001, 0x7FFF, 0x7F800001, 0xFF800001, 0, 0x80000000, 0x37800001])
+    block, content = bits.view(np.float32)[:, None], np.ones(8, bool)
+    got = fold_bands(make_folds, block, "float32", content, chunk_rows=8, chunk_columns=1, k=8)
+    assert got.moments.n_positive.tolist() == [3]
+    assert (got.nan.n, got.overflow.n) == (2, 0)
+    assert_state(Histogram(), got.histogram, of_all(Histogram(), saturated(block, "float32")))
+    assert_lists(got.topk, definition(block, "float32", content, 8)[2])
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     """One, two and three threads give the same bits, faults and their places included."""
     block = activations(777, 514, "float16")
