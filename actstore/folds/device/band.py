@@ -21,7 +21,7 @@ TORCH_DTYPES = {
 INTEGERS = {2: (torch.int16, torch.uint16), 4: (torch.int32, torch.uint32)}
 """What the bits of stored values may be seen as, by their bytes; the first is used here."""
 
-BLOCK_VALUES = 2**22
+BLOCK_VALUES = 2**23
 """Values taken at once: what bounds temporary memory."""
 
 _INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}

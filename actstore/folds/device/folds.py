@@ -70,11 +70,13 @@ from actstore.shard import DTYPES
 # Holds zeros until the end; no value is in it by definition.
 _ZERO_BIN = N_BINS - 2
 _FIRST_POSITIVE = N_BINS // 2
+# Special and first rows that are added together.
+_HELD_ROWS = 512
 # Values of pieces that passed a limit, looked at together.
 _LOOK_VALUES = 2**20
 # Of a value: what sums take at once in float64, and what a look at a piece takes.
 _BLOCK_BYTES = 4 + 3 * 8
-_LOOK_BYTES = 56
+_LOOK_BYTES = 84
 # Of a column: sums of content and of other rows, and the open window.
 _SMALL_BYTES = 192
 
@@ -222,7 +224,8 @@ def state_bytes(
     width: int, dtype: str, k: int, n_sampled: int, n_bands: int, with_gram: bool = False
 ) -> int:
     """Return the bytes of the device that a site takes at most, after so many bands."""
-    column = 3 * list_bytes(k) + 4 * N_BINS + 8 * n_bands + n_sampled * DTYPES[dtype].itemsize
+    n_values = n_sampled + _HELD_ROWS
+    column = 3 * list_bytes(k) + 4 * N_BINS + 8 * n_bands + n_values * DTYPES[dtype].itemsize
     return width * (column + _SMALL_BYTES) + (8 * width**2 if with_gram else 0)
 
 
@@ -250,6 +253,8 @@ class _Screened:
     """Of each window and column the highest value and the first piece that has it."""
     zone: Tensor
     """Largest and smallest value, (2, width)."""
+    others: Tensor
+    """The special and first rows, (n, width)."""
     numbers: Tensor
     """Pieces that pass, pieces and windows that pass, extremes that are no number."""
 
@@ -274,6 +279,8 @@ class _Site:
         self.open = torch.full((width,), EMPTY, device=device)
         self.window_id: int | None = None
         self.bin_table = bin_table
+        # Special and first rows that wait to be added.
+        self.held: list[Tensor] = []
         self.counts = torch.zeros(N_BINS * width, dtype=torch.int32, device=device)
         self.zones: dict[int, Tensor] = {}
         self.sample, self.sample_threshold = sample, EVERY_HASH
@@ -291,7 +298,11 @@ class _Site:
         return [
             *(*self.content.tensors(), *self.others.tensors(), *self.lists.tensors()),
             *(self.n_others, self.n_others_positive, self.open, self.counts, self.sampled_bits),
-            *(*self.zones.values(), *([] if self.gram is None else self.gram.tensors())),
+            *(
+                *self.held,
+                *self.zones.values(),
+                *([] if self.gram is None else self.gram.tensors()),
+            ),
         ]
 
     def view(self, band: Tensor, where: str) -> BandView:
@@ -334,7 +345,7 @@ class _Site:
             own = self.content.extremes
             torch.maximum(own, screened.zone, out=own)
             self.zones[segment_row_id + first_offset] = screened.zone
-            shift = self.content.begin(view, pieces.content)
+            shift = self.content.begin_at(view, pieces.content)
             for block in view.blocks():
                 values = block.values.index_select(1, pieces.content)
                 sums = power_sums(values, block.of(shift)[:, None], n_nan > 0)
@@ -343,7 +354,9 @@ class _Site:
             if self.gram is not None:
                 self.gram.add(view, pieces.content, shift)
         if rows.others.size:
-            self._add_others(view, pieces.others)
+            self.held.append(screened.others)
+            if sum(map(len, self.held)) >= _HELD_ROWS:
+                self._add_others()
         return n_nan, n_overflow
 
     # -- screening and candidates ------------------------------------------------------------
@@ -366,8 +379,9 @@ class _Site:
         extremes[1].neg_()
         extremes += 0.0  # no -0.0
         n_faulty = extremes.isfinite().logical_not_().sum()
-        if len(pieces.others):
-            n_faulty = n_faulty + view.rows(pieces.others).isfinite().logical_not_().sum()
+        others = view.rows(pieces.others)
+        if len(others):
+            n_faulty = n_faulty + others.isfinite().logical_not_().sum()
         passed = (extremes > self.lists.limits[: 2 * width].view(2, 1, width)).flatten()
         # The first piece with a window's highest value, in the form of a place in a list.
         keys = keys_of(extremes[0], torch.arange(n_pieces, device=self.device)[:, None])
@@ -384,6 +398,7 @@ class _Site:
             ends,
             window_keys,
             extremes.amax(1) if n_pieces else extremes.new_empty((2, width)),
+            others,
             torch.stack([*(count.to(torch.int64) for count in counts), n_faulty]),
         )
 
@@ -414,14 +429,28 @@ class _Site:
             which = which.to(torch.int32)[:, None].expand_as(keys)
             lists.add(keys.flatten(), which.flatten())
 
-        every = torch.arange(width, device=self.device)
+        self._end_windows(view, pieces, screened, passed, first_offset)
+        lists.close()
 
-        def highest(window: Tensor, column: Tensor) -> Tensor:
-            """Return the places of the first rows with the highest values of some windows."""
-            keys = screened.window_keys[window, column]
+    def _end_windows(
+        self,
+        view: BandView,
+        pieces: Pieces,
+        screened: _Screened,
+        passed: tuple[int, int],
+        first_offset: int,
+    ) -> None:
+        """Add the windows that passed and have ended to the lists, and carry the open one on."""
+        width, n_windows, lists = self.width, pieces.n_windows, self.lists
+        window_keys = screened.window_keys.flatten()
+
+        def highest(places: Tensor) -> tuple[Tensor, Tensor]:
+            """Return the first rows with the highest values of some windows, and their columns."""
+            keys, column = window_keys[places], places % width
             high, rows = values_of(keys), pieces.rows[offsets_of(keys)]
             has_it = view.take(rows, column) == high[:, None]
-            return keys_of(high, first_offset + rows.where(has_it, view.n_rows).amin(1))
+            first = rows.where(has_it, view.n_rows).amin(1)
+            return keys_of(high, first_offset + first), column
 
         def end(keys: Tensor, column: Tensor) -> None:
             """Add windows that have ended, by the limits as they are now."""
@@ -429,23 +458,28 @@ class _Site:
             is_candidate = values_of(keys) > lists.limits[which]
             lists.add(keys.where(is_candidate, EMPTY), which.to(torch.int32))
 
-        first_id, last_id = pieces.window_ids
-        here = highest(torch.zeros_like(every), every)
-        if first_id == self.window_id:
-            self.open = torch.maximum(self.open, here)
-        else:
-            end(self.open, every)
-            self.open = here
-        if pieces.n_windows > 1:
-            end(self.open, every)
-            self.open = highest(torch.full_like(every, pieces.n_windows - 1), every)
-        self.window_id = last_id
-        for first in range(*passed, step):
+        step = max(1, _LOOK_VALUES // pieces.rows.shape[1])
+        every = torch.arange(width, device=self.device)
+        # Of the first and the last window all columns, with the others that passed.
+        edges = [every, every + (n_windows - 1) * width]
+        for first in range(passed[0], max(passed[1], passed[0] + 1), step):
             places = nth_true(screened.ends, first, min(first + step, passed[1]))
-            places -= 2 * n_pieces * width
-            column, window = places % width, 1 + places // width
-            end(highest(window, column), column)
-        lists.close()
+            places -= 2 * pieces.rows.shape[0] * width - width
+            keys, column = highest(torch.cat([*edges, places]))
+            if edges:
+                # In the order of rows: a later one that ties with a limit has lost.
+                here, behind = keys[: 2 * width].view(2, width)
+                if pieces.window_ids[0] == self.window_id:
+                    self.open = torch.maximum(self.open, here)
+                else:
+                    end(self.open, every)
+                    self.open = here
+                if n_windows > 1:
+                    end(self.open, every)
+                    self.open = behind
+                self.window_id = pieces.window_ids[1]
+                keys, column, edges = keys[2 * width :], column[2 * width :], []
+            end(keys, column)
 
     # -- counts and sums -----------------------------------------------------------------------
 
@@ -462,10 +496,12 @@ class _Site:
             places.view(codes.shape).add_(block.of(columns)[:, None])
             self.counts.index_add_(0, places, one.expand_as(places))
 
-    def _add_others(self, view: BandView, rows: Tensor) -> None:
-        """Add special and first rows, of which there are few."""
-        values = view.rows(rows)
-        shift = self.others.begin(view, rows)
+    def _add_others(self) -> None:
+        """Add special and first rows, some bands' at once: each has few."""
+        if not self.held:
+            return
+        values, self.held = torch.cat(self.held), []
+        shift = self.others.begin(values)
         is_nan = values.isnan()
         self.n_others += is_nan.logical_not().sum(0)
         self.n_others_positive += (values > 0).sum(0)
@@ -497,6 +533,7 @@ class _Site:
 
     def finish(self, first_row_id: int) -> SiteFolds:
         """Return the folds."""
+        self._add_others()
         counts = self.counts.view(N_BINS, self.width).T.to(torch.int64).cpu().numpy()
         n_positive = counts[:, _FIRST_POSITIVE:_ZERO_BIN].sum(axis=1)
         counts[:, _FIRST_POSITIVE] += counts[:, _ZERO_BIN]

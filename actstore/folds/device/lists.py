@@ -14,6 +14,9 @@ device alone, and to ask it there would make both sides wait.  So candidates tak
    of each list stay.  The k-th is then the limit.
 
 Limits are a little old for that, and some candidates more are looked at.  No place is lost by it.
+
+Keys of one list are added in the order of their rows.  So a candidate that ties with the limit
+comes behind the place that set it, and has lost.
 """
 
 from __future__ import annotations
@@ -96,6 +99,8 @@ class DeviceLists:
 
         Where many were added since the last band, their count is waited for.
         """
+        if not len(keys):
+            return
         self._added.append((keys, lists))
         self._n_added += keys.numel()
         if self._n_added > _MOST_ADDED * len(self._keys):

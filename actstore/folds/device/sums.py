@@ -37,11 +37,16 @@ class RunningSums:
         shift = [] if self.shift is None else [self.shift]
         return [self.powers, self.extremes, *shift]
 
-    def begin(self, view: BandView, rows: Tensor) -> Tensor:
-        """Return the shift: the mean of some rows, evenly spread; 0 where all of them are NaN."""
+    def begin_at(self, view: BandView, rows: Tensor) -> Tensor:
+        """Return the shift; the first time from some rows of a band, evenly spread."""
         if self.shift is None:
-            places = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_ROWS)).astype(np.int64)
-            sample = view.rows(rows[to_device(places, rows.device)]).double()
+            return self.begin(view.rows(rows[_spread(rows)]))
+        return self.shift
+
+    def begin(self, values: Tensor) -> Tensor:
+        """Return the shift; the first time the mean of some rows, 0 where all of them are NaN."""
+        if self.shift is None:
+            sample = values[_spread(values)].double()
             n = sample.isnan().logical_not_().sum(0).clamp_(min=1)
             self.shift = sample.nan_to_num_(0.0).sum(0) / n
         return self.shift
@@ -83,6 +88,12 @@ class GramSums:
             return Gram().start(sums.size)
         m2 = self._products.cpu().numpy() - np.outer(sums, sums / n)
         return GramState(n, shift.cpu().numpy() + sums / n, m2)
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Return some places in rows, evenly spread."""
+    places = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_ROWS))
+    return to_device(places.astype(np.int64), rows.device)
 
 
 def signs(like: Tensor) -> Tensor:
