@@ -126,6 +126,18 @@ def test_a_band_is_waited_for_once() -> None:
     assert found.topk.top.counts.sum() > 100
 
 
+def test_special_rows_do_not_pile_up() -> None:
+    """Special and first rows wait to be added together, but not without bound."""
+    folds = DeviceFolds([3], ["float16"], first_row_id=0, device=CPU, k=1)
+    held = []
+    for i in range(20):
+        band = torch.ones((1, 100, 3), dtype=torch.float16)
+        folds.update(0, band, np.arange(0), np.arange(100), np.arange(0), 100 * i)
+        held.append(sum(map(len, folds._sites[0].held)))
+    assert held == [100, 200, 300, 400, 500, 0] * 3 + [100, 200]
+    assert folds.finish(0).moments_others.n.tolist() == [2000] * 3
+
+
 def test_limits_cross_only_where_they_are_new() -> None:
     """Thresholds that did not change are not sent again; new ones are, and hold."""
     folds = DeviceFolds([2], ["float32"], first_row_id=100, device=CPU, k=1)

@@ -69,6 +69,7 @@ def make_folds(request: pytest.FixtureRequest) -> Iterator[MakeFolds]:
             for module, name, n in (
                 (device_band, "BLOCK_VALUES", 64),
                 (device_run, "_LOOK_VALUES", 400),
+                (device_run, "_HELD_ROWS", 5),
                 (device_lists, "_MERGED_KEYS", 400),
                 (device_lists, "_MOST_ADDED", 8),
                 (device_lists, "_MOST_SETTLED", 1),
