@@ -127,6 +127,15 @@ def test_a_killed_worker_loses_only_what_it_was_at(
     assert capfd.readouterr().err == ""
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """Let Ctrl-C through: a process that a shell started in the background ignores it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupt_leaves_no_process(
     go: Go, alone: dict[str, bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
