@@ -141,7 +141,6 @@ def test_sizes_follow_from_the_layout():
     assert layout.chunk_bytes == 2 * 7 * 4
     assert layout.band_bytes == 2 * (56 + 4)
     assert layout.index_bytes == 4 * 2 * 16 + 4
-    assert layout.max_bytes == 4 * 120 + 132
 
 
 @pytest.mark.parametrize(
@@ -317,11 +316,6 @@ def test_what_is_read_is_what_was_written(shard, data):
                 np.ascontiguousarray(expected[start:stop, column]),
             )
         assert_same_bits(reader.read_rows(0, reader.rows_present), expected)
-        for r in range(facts.n_bands):
-            top = r * layout.chunk_rows
-            band = to_band(expected[top : top + layout.chunk_rows], layout)
-            for c in range(layout.n_column_chunks):
-                assert_same_bits(reader.read_chunk(r, c), band[c])
     finally:
         os.close(fd)
 
@@ -334,7 +328,6 @@ def test_facts_are_those_of_the_file(shard):
     file, facts = shard_bytes(layout, values)
     assert (facts.n_bytes, facts.crc32c) == (len(file), google_crc32c.value(file))
     assert facts.n_bands == -(-len(values) // layout.chunk_rows)
-    assert facts.n_bytes <= layout.max_bytes
     checksums, step = b"", layout.chunk_bytes + 4
     for end in range(step, facts.n_bands * layout.band_bytes + 1, step):
         checksums += file[end - 4 : end]
@@ -539,7 +532,6 @@ def test_damage_names_file_and_chunk_and_spares_the_rest(open_reader):
         lambda: reader.read_rows(5, 6),
         lambda: scatter(reader, [0, 5]),
         lambda: reader.read_column(3),
-        lambda: reader.read_chunk(2, 1),
         lambda: reader.read_rows(4, 5),
     ):
         with pytest.raises(DamagedFile) as error:
@@ -614,7 +606,6 @@ def test_missing_bands_raise(open_reader):
     for read, chunk in (
         (lambda: reader.read_rows(3, 5), (2, 0)),
         (lambda: reader.read_column(1, 0, 8), (3, 0)),
-        (lambda: reader.read_chunk(3, 1), (3, 1)),
     ):
         with pytest.raises(DamagedFile) as error:
             read()
@@ -726,11 +717,6 @@ def test_reads_outside_the_shard_are_refused(open_reader):
             "column = 5 is not in acts/c/5/0; expected 0 … 4.",
         ),
         (lambda: reader.read_column(-1), NeuronNotFound, "column = -1 is not in acts/c/5/0;"),
-        (
-            lambda: reader.read_chunk(0, 2),
-            ArgumentError,
-            "chunk (0, 2) is not in acts/c/5/0; expected (4, 2) chunks.",
-        ),
         (
             lambda: reader.read_rows(0, 3, out=np.zeros((2, 5), "f2")),
             ArgumentError,

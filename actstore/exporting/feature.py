@@ -35,7 +35,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from actstore.decompose import Factors
-from actstore.errors import ArgumentError, NeuronNotFound
+from actstore.errors import ArgumentError
 from actstore.exporting.contexts import Context, contexts
 from actstore.exporting.files import new_file, written_aside
 from actstore.folds import Histogram, Moments, Sample
@@ -332,12 +332,7 @@ def neuron_feature(
         If the store has no index.
     """
     info = store.site(site)
-    neuron = as_count("neuron", neuron, -(2**62), 2**62)
-    if not 0 <= neuron < info.width:
-        raise NeuronNotFound(
-            f"neuron = {neuron} is not at {info.site} of {store.path}; it has neurons "
-            f"0 … {info.width - 1}."
-        )
+    neuron = store.check_neuron(info, neuron)
     generation = store.index()
     if generation is None:
         raise ArgumentError(

@@ -8,16 +8,15 @@ before, and nothing is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import index as as_integer
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from actstore.errors import ActstoreError, ArgumentError, NeuronNotFound
+from actstore.errors import ActstoreError
 from actstore.site import Site
-from actstore.store import CoreStore, Rows, SiteInfo
+from actstore.store import CoreStore, Rows
 from actstore.store.stored_rows import ALL, NONE, keep_text
 
 
@@ -53,7 +52,7 @@ class Activations:
         self, store: CoreStore, site: str | Site, neuron: int, rows: Rows | None = None
     ) -> None:
         self.info = store.site(site)
-        self.neuron = _as_neuron(store, self.info, neuron)
+        self.neuron = store.check_neuron(self.info, neuron)
         if self.info.keep == NONE:
             raise store.not_stored(self.info)
         rows = store.rows("content", self.info.site.space) if rows is None else rows
@@ -98,16 +97,3 @@ class Activations:
         column = self._store.read_column(self.info, segment, self.neuron)
         values = column[self._store.positions(self.info, segment, offsets)].astype(np.float32)
         return offsets + segment * self._store.meta.segment_rows, values
-
-
-def _as_neuron(store: CoreStore, info: SiteInfo, neuron: int) -> int:
-    try:
-        number = as_integer(neuron)
-    except TypeError:
-        raise ArgumentError(f"neuron = {neuron!r}; expected an integer.") from None
-    if not 0 <= number < info.width:
-        raise NeuronNotFound(
-            f"neuron = {number} is not at {info.site} of {store.path}; it has neurons "
-            f"0 … {info.width - 1}."
-        )
-    return number

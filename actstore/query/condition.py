@@ -15,17 +15,11 @@ import numpy.typing as npt
 from actstore.errors import ArgumentError, QueryError
 from actstore.query.database import Database
 from actstore.query.gate import admit
-from actstore.query.schema import VIEWS
+from actstore.query.schema import DOCUMENT_COLUMNS, TOKENS_AND_DOCUMENTS, VIEWS
 from actstore.store import CoreStore, Rows
 
 Ids = npt.NDArray[np.int64]
 
-# Of documents only what tokens do not have: `text` is then the token's.
-_DOCUMENT_COLUMNS = ("source", "n_tokens", "metadata")
-_SOURCE = (
-    f"FROM tokens JOIN (SELECT document, {', '.join(_DOCUMENT_COLUMNS)} FROM documents) "
-    "AS documents USING (document) WHERE"
-)
 _ROWS_AT_ONCE = 1 << 23
 
 
@@ -63,7 +57,7 @@ class Condition:
         self._space = space.replace("'", "''")
         try:
             # Alone first: a condition that closes our bracket would choose other rows than it says.
-            admit(f"SELECT row_id {_SOURCE} {text}\nLIMIT 0")
+            admit(f"SELECT row_id {TOKENS_AND_DOCUMENTS} WHERE {text}\nLIMIT 0")
             self._ids("false")
         except QueryError as error:
             reason = str(error).split("\n\nLINE")[0]
@@ -73,7 +67,8 @@ class Condition:
 
     def _ids(self, within: str) -> Ids:
         query = (
-            f"SELECT row_id {_SOURCE} {within} AND tokens.space = '{self._space}' "
+            f"SELECT row_id {TOKENS_AND_DOCUMENTS} WHERE {within} "
+            f"AND tokens.space = '{self._space}' "
             f"AND NOT special AND NOT first AND ({self.text}\n)"
         )
         ids: Ids = self._database.sql(query).to_arrow().column("row_id").to_numpy()
@@ -111,7 +106,7 @@ class Condition:
 
 
 def _expected() -> str:
-    columns = ", ".join([*(column.name for column in VIEWS["tokens"].columns), *_DOCUMENT_COLUMNS])
+    columns = ", ".join([*(column.name for column in VIEWS["tokens"].columns), *DOCUMENT_COLUMNS])
     return (
         f"Expected what stands behind WHERE, over the columns {columns}: "
         "\"position < 12 AND source LIKE '%Lincoln%'\"."

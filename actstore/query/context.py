@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actstore.errors import ArgumentError
@@ -130,21 +128,25 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Span:
-    """Tokens in row order, as arrays."""
+    """Neighbouring tokens of one segment in row order, as arrays."""
 
     row_id: npt.NDArray[np.int64]
     document: npt.NDArray[np.int64]
     window_id: npt.NDArray[np.int64]
     position: npt.NDArray[np.int32]
     doc_position: npt.NDArray[np.int32]
-    token_id: npt.NDArray[np.int32]
     char_start: npt.NDArray[np.int32]
     char_end: npt.NDArray[np.int32]
     flags: npt.NDArray[np.uint8]
 
     @classmethod
-    def of(cls, table: pa.Table) -> _Span:
-        return cls(**{name: table.column(name).to_numpy() for name in cls.__dataclass_fields__})
+    def read(cls, store: CoreStore, segment: int, start: int, stop: int, space: str) -> _Span:
+        """Read the tokens at offsets ``start … stop`` of a segment."""
+        first = segment * store.meta.segment_rows
+        return cls(
+            np.arange(first + start, first + stop),
+            *store.token_columns(segment, list(cls.__dataclass_fields__)[1:], space, start, stop),
+        )
 
 
 @dataclass
@@ -169,7 +171,7 @@ class _Reader:
         if end > start:
             token = text[start:end]
         else:  # not in the text: it stands between its neighbours
-            token = self._vocabulary_text(int(span.token_id[place]))
+            token = self._type_text(row_id)
             start = left[0].end if left else right[0].start if right else 0
             end = right[0].start if right else start
         first = left[-1].start if left else start
@@ -192,33 +194,30 @@ class _Reader:
 
     def _tokens(self, row_id: int, before: int, after: int) -> _Span:
         """Return the tokens of a row and around it in its segment, as far as neighbours lie."""
-        size = self.store.meta.segment_rows
-        segment = row_id // size
-        planned = self.store.planned[segment]
-        first, stop = segment * size, segment * size + planned.rows[self.space]
+        segment, offset = divmod(row_id, self.store.meta.segment_rows)
+        n_rows = self.store.planned[segment].rows[self.space]
         beyond = _SPECIAL_TOKENS
         while True:
-            low, high = row_id - before - beyond, row_id + 1 + after + beyond
-            span = self._span(planned.part, max(first, low), min(stop, high))
+            low, high = offset - before - beyond, offset + 1 + after + beyond
+            span = self._span(segment, max(0, low), min(n_rows, high))
             n_special = int(np.count_nonzero(span.flags & SPECIAL))
-            if n_special <= beyond or len(span.row_id) == stop - first:
+            if n_special <= beyond or len(span.row_id) == n_rows:
                 return span
             beyond = 2 * n_special
 
-    def _span(self, part: int, start: int, stop: int) -> _Span:
-        return _Span.of(
-            self.store.tokens_tables.span(self.store.parts[part], start, stop, self.space)
-        )
+    def _span(self, segment: int, start: int, stop: int) -> _Span:
+        return _Span.read(self.store, segment, start, stop, self.space)
 
     def _text_of(self, document: int) -> dict[str, Any]:
         if self._document["document"] != document:
             self._document = self.store.document(document)
         return self._document
 
-    def _vocabulary_text(self, token_id: int) -> str:
-        vocabulary = self.store.vocabulary
-        found = pc.index(vocabulary.column("token_id"), token_id).as_py()
-        return "" if found < 0 else str(vocabulary.column("text")[found].as_py())
+    def _type_text(self, row_id: int) -> str:
+        """Return the text of a row's token type."""
+        segment, offset = divmod(row_id, self.store.meta.segment_rows)
+        (ids,) = self.store.token_columns(segment, ["token_id"], self.space, offset, offset + 1)
+        return self.store.texts_of(ids)[0].as_py() or ""
 
     def _neighbours(self, span: _Span, place: int, n: int, step: int) -> list[_Place]:
         """Return the `n` next tokens in a direction, nearest first."""
@@ -232,10 +231,10 @@ class _Reader:
                 return found
         row_id, document = int(span.row_id[place]), int(span.document[place])
         for first_row, n_rows in self._windows_beyond(row_id, document, step):
-            other = first_row // self.store.meta.segment_rows
+            other, offset = divmod(first_row, self.store.meta.segment_rows)
             if other not in self.store.committed:
                 break
-            tokens = self._span(self.store.planned[other].part, first_row, first_row + n_rows)
+            tokens = self._span(other, offset, offset + n_rows)
             start = n_rows - 1 if step < 0 else 0
             found += _walk(tokens, start, n - len(found), step, int(tokens.window_id[0]))
             if len(found) == n:

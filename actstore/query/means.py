@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actstore.errors import ArgumentError, BudgetExceeded, QueryError
+from actstore.query.schema import TOKENS_AND_DOCUMENTS
 from actstore.store import CoreStore, SiteInfo
 from actstore.store.stored_rows import ALL, NONE, keep_text
 
@@ -25,12 +26,6 @@ Ask = Callable[[str], pa.Table]
 _STRETCH_ROWS = 1 << 20  # rows whose groups are asked for at once
 _CELL_BYTES = 64  # a sum, a count and a row of the table
 _BLOCK_BYTES = 1 << 26  # of values, as float64
-
-# Of documents only what tokens do not have: `text` is then the token's.
-SOURCE = (
-    "FROM tokens JOIN (SELECT document, source, n_tokens, metadata FROM documents) AS documents "
-    "USING (document)"
-)
 
 
 class Means:
@@ -69,13 +64,13 @@ class Means:
         _check_stored(store, self.info, rows)
         self._where = f"WHERE space = '{self.info.site.space}' AND NOT special AND NOT first"
         # Alone first: an expression that closes our bracket would mean other than it says.
-        shape = ask(f"SELECT {key}\n{SOURCE} LIMIT 0")
+        shape = ask(f"SELECT {key}\n{TOKENS_AND_DOCUMENTS} LIMIT 0")
         if shape.num_columns != 1:
             raise QueryError(
                 f"key = {key!r} of means is {shape.num_columns} columns; expected one expression "
                 "on the columns of tokens and documents, such as 'source'."
             )
-        keys = ask(f"SELECT DISTINCT ({key}\n) AS key {SOURCE} {self._where}")
+        keys = ask(f"SELECT DISTINCT ({key}\n) AS key {TOKENS_AND_DOCUMENTS} {self._where}")
         self.keys: pa.Array = keys.column("key").combine_chunks()
         """The values of the key, one a group."""
         n_bytes = len(self.keys) * self.info.width * _CELL_BYTES
@@ -123,7 +118,7 @@ class Means:
         for start in range(0, len(segments), n_segments):
             stretch = segments[start : start + n_segments]
             found = self._ask(
-                f"SELECT row_id, ({self._key}\n) AS key {SOURCE} {self._where} "
+                f"SELECT row_id, ({self._key}\n) AS key {TOKENS_AND_DOCUMENTS} {self._where} "
                 f"AND row_id >= {stretch[0] * size} AND row_id < {(stretch[-1] + 1) * size}"
             )
             row_ids = found.column("row_id").to_numpy()

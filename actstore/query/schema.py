@@ -227,6 +227,16 @@ VIEWS: Mapping[str, View] = {
 }
 """The views of a store by name, each after those it reads."""
 
+# Of documents only what tokens do not have: `text` is then the token's.
+DOCUMENT_COLUMNS = ("source", "n_tokens", "metadata")
+"""Columns of `documents` that conditions and groups may name beside those of `tokens`."""
+
+TOKENS_AND_DOCUMENTS = (
+    f"FROM tokens JOIN (SELECT document, {', '.join(DOCUMENT_COLUMNS)} FROM documents) "
+    "AS documents USING (document)"
+)
+"""What conditions on rows and groups of rows are asked of."""
+
 READS: Mapping[str, tuple[str, ...]] = {"tokens": ("vocabulary",)}
 """The views that a view reads."""
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.cells import cell_len
 
-from actstore.errors import ActstoreError, ArgumentError, NeuronNotFound
+from actstore.errors import ActstoreError, ArgumentError
 from actstore.query.answer import Answer, fit, visible
 from actstore.query.condition import Condition
 from actstore.query.context import Snippet, snippets, values_at
@@ -29,6 +29,7 @@ from actstore.query.database import Database
 from actstore.query.pruned import Best, Question, bands_of, bound_of, scan
 from actstore.site import Site
 from actstore.store import CoreStore, Generation, SiteInfo
+from actstore.store.index_tables import IndexList
 from actstore.store.stored_rows import ALL, keep_text
 
 Ids = npt.NDArray[np.int64]
@@ -135,7 +136,8 @@ def top(
     distinct : {"window", "document"}, optional
         Give at most one row of each, its best.
     before, after : int, default 8
-        Tokens of context on either side.
+        Tokens of context on either side.  With none on both sides no text is read at all, and
+        `token` is the tokenizer's text of it.
     activations : bool, default False
         Add the columns tokens and values, the neuron over the tokens of each snippet (NULL where a
         row is not stored), and place, which of them is the row.
@@ -163,7 +165,7 @@ def top(
         cover all segments.
     """
     info = store.site(site)
-    neuron, k = _checked(store, info, neuron, k)
+    neuron, k = store.check_neuron(info, neuron), _as_count(k)
     if distinct is not None and distinct not in GROUPS:
         raise ArgumentError(f"distinct = {distinct!r}; expected 'window', 'document' or None.")
     question = Question(info, neuron, k, bool(largest), GROUPS[distinct] if distinct else None)
@@ -174,18 +176,24 @@ def top(
     while True:
         generation = store.index()
         try:
-            ids, values, reached = _Search(store, question, generation, condition).answer()
+            search = _Search(store, question, generation, condition)
+            ids, values, reached = search.answer()
             break
         except (ActstoreError, OSError):
             # A capture that goes on may replace the generation of the index under our hands.
             newest = store.index()
             if (newest and newest.number) == (generation and generation.number):
                 raise
-    around = snippets(store, ids, before, after, info.site.space)
-    columns = {
+    columns: dict[str, pa.Array] = {
         "rank": pa.array(range(1, len(ids) + 1), pa.int32()),
         "row_id": pa.array(ids, pa.int64()),
         "value": pa.array(values, pa.float32()),
+    }
+    with_values = activations or replay is not None
+    if before == after == 0 and not with_values:
+        return Top(pa.table(columns | _without_text(store, info, ids, search.listed)), reached)
+    around = snippets(store, ids, before, after, info.site.space)
+    columns |= {
         "document": pa.array([s.document for s in around], pa.int64()),
         "position": pa.array([s.position for s in around], pa.int32()),
         "token": pa.array([s.token for s in around], pa.string()),
@@ -193,9 +201,44 @@ def top(
         "after": pa.array([s.after for s in around], pa.string()),
         "source": pa.array([s.source for s in around], pa.string()),
     }
-    if activations or replay is not None:
+    if with_values:
         columns |= _over_snippets(store, info, neuron, values, around, replay)
     return Top(pa.table(columns), reached)
+
+
+def _without_text(
+    store: CoreStore, info: SiteInfo, ids: Ids, listed: IndexList | None
+) -> dict[str, pa.Array]:
+    """Return what is known of rows without their text: the index lists it, or tokens hold it."""
+    names = ("document", "position", "token_id")
+    facts = [np.empty(len(ids), np.int64) for _ in names]
+    unknown = np.ones(len(ids), np.bool_)
+    if listed is not None and len(listed.row_ids):
+        order = np.argsort(listed.row_ids)
+        places = np.minimum(np.searchsorted(listed.row_ids[order], ids), len(order) - 1)
+        places = order[places]
+        unknown = listed.row_ids[places] != ids
+        lists: list[npt.NDArray[Any]] = [listed.documents, listed.positions, listed.token_ids]
+        for fact, known in zip(facts, lists, strict=True):
+            fact[:] = known[places]
+    segments, offsets = np.divmod(ids, store.meta.segment_rows)
+    for segment in np.unique(segments[unknown]).tolist():
+        mine = np.flatnonzero(unknown & (segments == segment))
+        columns = store.token_columns(segment, names, info.site.space)
+        for fact, column in zip(facts, columns, strict=True):
+            fact[mine] = column[offsets[mine]]
+    documents, positions, tokens = facts
+    numbers, which = np.unique(documents, return_inverse=True)
+    sources = np.array(store.sources(numbers), object)
+    empty = pa.array([""] * len(ids), pa.string())
+    return {
+        "document": pa.array(documents, pa.int64()),
+        "position": pa.array(positions, pa.int32()),
+        "token": store.texts_of(tokens),
+        "before": empty,
+        "after": empty,
+        "source": pa.array(sources[which], pa.string()),
+    }
 
 
 def _over_snippets(
@@ -226,19 +269,14 @@ def _over_snippets(
     }
 
 
-def _checked(store: CoreStore, info: SiteInfo, neuron: int, k: int) -> tuple[int, int]:
+def _as_count(k: int) -> int:
     try:
-        neuron, k = as_integer(neuron), as_integer(k)
+        count = as_integer(k)
     except TypeError:
-        raise ArgumentError(f"neuron = {neuron!r}, k = {k!r}; expected integers.") from None
-    if not 0 <= neuron < info.width:
-        raise NeuronNotFound(
-            f"neuron = {neuron} is not at {info.site} of {store.path}; it has neurons "
-            f"0 … {info.width - 1}."
-        )
-    if k < 1:
+        raise ArgumentError(f"k = {k!r}; expected an integer.") from None
+    if count < 1:
         raise ArgumentError(f"k = {k}; expected the number of rows to return, at least 1.")
-    return neuron, k
+    return count
 
 
 @dataclass(frozen=True)
@@ -270,6 +308,8 @@ class _Search:
         self._condition = condition
         self._committed: Sequence[int] = store.committed
         self._covers = generation.covers if generation else ()
+        self.listed: IndexList | None = None
+        """The list of the index that was looked at; it tells of more than the answer's values."""
 
     def answer(self) -> tuple[Ids, Values, str]:
         """Return the rows, their values, and how they were reached."""
@@ -337,6 +377,7 @@ class _Search:
             found = tables.ranked(generation, info, neuron, side)
             if found is None:
                 return None
+        self.listed = found
         n_listed = len(found.row_ids)
         ids, values, documents = found.row_ids, found.values, found.documents
         if self._condition is not None:

@@ -135,11 +135,6 @@ class ShardLayout:
         """Bytes of the index at the end of the file, its checksum included."""
         return 16 * self.n_row_chunks * self.n_column_chunks + CHECKSUM_BYTES
 
-    @property
-    def max_bytes(self) -> int:
-        """Bytes of a shard with all its bands."""
-        return self.n_row_chunks * self.band_bytes + self.index_bytes
-
     def zarr_metadata(
         self,
         n_shards: int,

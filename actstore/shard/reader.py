@@ -274,26 +274,6 @@ class ShardReader:
                 self._read_into(checksum, begin + layout.chunk_bytes)
                 self._compare(band, c, crc32c, checksum)
 
-    def read_chunk(self, r: int, c: int) -> NDArray[Any]:
-        """Return chunk ``(r, c)``, ndarray (chunk_rows, chunk_columns), its padding included.
-
-        Raises
-        ------
-        DamagedFile
-            If the chunk is damaged or missing.
-        ArgumentError
-            If the layout has no such chunk.
-        """
-        layout = self._layout
-        if not (0 <= r < layout.n_row_chunks and 0 <= c < layout.n_column_chunks):
-            raise ArgumentError(
-                f"chunk ({r}, {c}) is not in {self._label}; expected "
-                f"({layout.n_row_chunks}, {layout.n_column_chunks}) chunks."
-            )
-        self._require(r, c)
-        chunk = self._rows_of_chunk(r, c, 0, layout.chunk_rows, self._buffer())
-        return chunk.view(layout.numpy_dtype)
-
     def _offset(self, r: int, c: int) -> int:
         return r * self._layout.band_bytes + c * (self._layout.chunk_bytes + CHECKSUM_BYTES)
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index as as_integer
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from actstore.errors import (
     ArgumentError,
     DamagedFile,
     FormatError,
+    NeuronNotFound,
     ResultNotFound,
     RowNotFound,
     SiteNotFound,
@@ -339,6 +341,27 @@ class CoreStore:
             self._layouts[info.site] = layout
         return self._layouts[info.site]
 
+    def check_neuron(self, info: SiteInfo, neuron: int) -> int:
+        """Return the index of a neuron as an int.
+
+        Raises
+        ------
+        ArgumentError
+            If it is no integer.
+        NeuronNotFound
+            If the site has no such neuron.
+        """
+        try:
+            number = as_integer(neuron)
+        except TypeError:
+            raise ArgumentError(f"neuron = {neuron!r}; expected an integer.") from None
+        if not 0 <= number < info.width:
+            raise NeuronNotFound(
+                f"neuron = {number} is not at {info.site} of {self.path}; it has neurons "
+                f"0 … {info.width - 1}."
+            )
+        return number
+
     def check_row(self, row_id: int, space: str = "") -> None:
         """Raise `RowNotFound` unless the row is committed."""
         segment, offset = divmod(row_id, self.meta.segment_rows)
@@ -541,6 +564,20 @@ class CoreStore:
 
     def token_column(self, segment: int, name: str, space: str = "") -> npt.NDArray[Any]:
         """Return one column of the token index of a planned segment, ``(rows,)``, in row order."""
+        return self.token_columns(segment, [name], space)[0]
+
+    def token_columns(
+        self,
+        segment: int,
+        names: Sequence[str],
+        space: str = "",
+        start: int = 0,
+        stop: int | None = None,
+    ) -> list[npt.NDArray[Any]]:
+        """Return columns of the token index at offsets ``start … stop`` of a planned segment.
+
+        Reads these columns of the row groups that the rows lie in; by default of all rows.
+        """
         planned = self.planned[segment]
         part = self.parts[planned.part]
         places = self._places.setdefault(space, {})
@@ -548,9 +585,21 @@ class CoreStore:
             counts = [s.rows.get(space, 0) for s in part.segments]
             starts = np.cumsum([0, *counts]).tolist()
             places |= {s.segment: n for s, n in zip(part.segments, starts, strict=False)}
-        first = places[segment]
-        stop = first + planned.rows.get(space, 0)
-        return self.tokens_tables.column(part, name, first, stop, space)
+        first, n_rows = places[segment], planned.rows.get(space, 0)
+        stop = n_rows if stop is None else min(stop, n_rows)
+        return self.tokens_tables.columns(part, names, first + start, first + stop, space)
+
+    def texts_of(self, token_ids: npt.NDArray[np.integer[Any]]) -> pa.Array:
+        """Return the texts of token types, in their order; null where there is no such type."""
+        known, texts = self._texts
+        places = np.minimum(np.searchsorted(known, token_ids), len(known) - 1)
+        found: pa.Array = texts.take(pa.array(places, mask=known[places] != token_ids))
+        return found
+
+    @cached_property
+    def _texts(self) -> tuple[npt.NDArray[np.int32], pa.Array]:
+        vocabulary = self.vocabulary.sort_by("token_id").combine_chunks()
+        return vocabulary["token_id"].to_numpy(), vocabulary["text"].combine_chunks()
 
     def tokens(self, segment: int, space: str = "") -> pa.Table:
         """Return the token index of a planned segment, in row order."""
@@ -586,6 +635,10 @@ class CoreStore:
     def document(self, document: int) -> dict[str, Any]:
         """Return a document: number, source, n_tokens, text and metadata (JSON)."""
         return self.documents_tables.row(self.parts, document)
+
+    def sources(self, documents: npt.NDArray[np.int64]) -> list[str]:
+        """Return where documents came from, in their order, without reading their texts."""
+        return self.documents_tables.sources(self.parts, documents)
 
     @property
     def n_documents(self) -> int:

@@ -37,6 +37,10 @@ class IndexList:
     """Their values."""
     documents: npt.NDArray[np.int64]
     """The documents of the rows."""
+    positions: npt.NDArray[np.int32]
+    """Their positions in their windows."""
+    token_ids: npt.NDArray[np.int32]
+    """Their tokens."""
     longest: int
     """Places of the longest list of the site: a shorter list is all there is."""
 
@@ -92,17 +96,13 @@ class IndexTables:
         name = f"{generation.folder}/{site_file(info.site, 'exemplars', 'exemplars.parquet')}"
         if name not in generation.files:
             return None
-        columns = ["neuron", "side", "rank", "row_id", "value", "document"]
+        facts = ["row_id", "value", "document", "position", "token_id"]
         with self._lock:
             table = self._table(name, generation.files)
-            found = _rows_of(table, neuron, columns)
+            found = _rows_of(table, neuron, ["neuron", "side", "rank", *facts])
         found = found.filter(pa.compute.equal(found["side"], side)).sort_by("rank")
-        return IndexList(
-            found["row_id"].to_numpy(),
-            found["value"].to_numpy(),
-            found["document"].to_numpy(),
-            table.longest,
-        )
+        row_ids, values, documents, positions, token_ids = (found[f].to_numpy() for f in facts)
+        return IndexList(row_ids, values, documents, positions, token_ids, table.longest)
 
     def n_values(self, generation: Generation, info: SiteInfo, neuron: int) -> int:
         """Return how many content rows of the covered segments have a value of a neuron."""

@@ -132,12 +132,12 @@ class TokenTables(_GroupReader):
             ]
         return self._firsts[key]
 
-    def column(
-        self, part: Part, name: str, start: int, stop: int, space: str = ""
-    ) -> npt.NDArray[Any]:
-        """Return one column of the tokens at places ``start … stop`` of a part's file.
+    def columns(
+        self, part: Part, names: Sequence[str], start: int, stop: int, space: str = ""
+    ) -> list[npt.NDArray[Any]]:
+        """Return columns of the tokens at places ``start … stop`` of a part's file.
 
-        Only this column of their row groups is read; what was read lately is kept, up to 64 MiB.
+        Only these columns of their row groups are read; what was read lately is kept, up to 64 MiB.
         """
         file, key = self.file(part, space), part.file("tokens", space)
         with self._lock:
@@ -145,30 +145,42 @@ class TokenTables(_GroupReader):
                 groups = range(file.metadata.num_row_groups)
                 self._ends[key] = np.cumsum([file.metadata.row_group(g).num_rows for g in groups])
             ends = self._ends[key]
-            pieces = []
+            pieces: list[list[npt.NDArray[Any]]] = [[] for _ in names]
             for number in range(np.searchsorted(ends, start, side="right"), len(ends)):
                 first = int(ends[number - 1]) if number else 0
                 if first >= stop:
                     break
-                values = self._column_of_group(file, key, number, name)
-                pieces.append(values[max(start - first, 0) : stop - first])
-        if not pieces:
-            return np.empty(0, TOKENS.field(name).type.to_pandas_dtype())
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+                span = slice(max(start - first, 0), stop - first)
+                found = self._columns_of_group(file, key, number, names)
+                for column, values in zip(pieces, found, strict=True):
+                    column.append(values[span])
+        return [
+            np.empty(0, TOKENS.field(name).type.to_pandas_dtype())
+            if not column
+            else column[0]
+            if len(column) == 1
+            else np.concatenate(column)
+            for name, column in zip(names, pieces, strict=True)
+        ]
 
-    def _column_of_group(
-        self, file: pq.ParquetFile, key: str, number: int, name: str
-    ) -> npt.NDArray[Any]:
-        place = (key, number, name)
-        if place not in self._columns:
-            group = file.read_row_group(number, columns=[name], use_threads=False)
-            self._columns[place] = group.column(0).to_numpy()
-            self._column_bytes += self._columns[place].nbytes
-            while self._column_bytes > _CACHED_COLUMN_BYTES and len(self._columns) > 1:
-                _, values = self._columns.popitem(last=False)
-                self._column_bytes -= values.nbytes
-        self._columns.move_to_end(place)
-        return self._columns[place]
+    def _columns_of_group(
+        self, file: pq.ParquetFile, key: str, number: int, names: Sequence[str]
+    ) -> list[npt.NDArray[Any]]:
+        missing = [name for name in names if (key, number, name) not in self._columns]
+        if missing:
+            group = file.read_row_group(number, columns=missing, use_threads=False)
+            for name in missing:
+                values = group.column(name).to_numpy()
+                self._columns[key, number, name] = values
+                self._column_bytes += values.nbytes
+        found = []
+        for name in names:
+            self._columns.move_to_end((key, number, name))
+            found.append(self._columns[key, number, name])
+        while self._column_bytes > _CACHED_COLUMN_BYTES and len(self._columns) > len(names):
+            _, values = self._columns.popitem(last=False)
+            self._column_bytes -= values.nbytes
+        return found
 
     def span(self, part: Part, start: int, stop: int, space: str = "") -> pa.Table:
         """Return the tokens of a part with ``start <= row_id < stop``, in order."""
@@ -227,13 +239,36 @@ class DocumentTables(_GroupReader):
         RowNotFound
             If there is no such document.
         """
+        part, local = self._place(parts, document)
+        group = self.group(part, local // DOCUMENT_GROUP)
+        row: dict[str, object] = group.slice(local % DOCUMENT_GROUP, 1).to_pylist()[0]
+        return row
+
+    def sources(self, parts: Sequence[Part], documents: npt.NDArray[np.int64]) -> list[str]:
+        """Return where documents came from, in their order, without reading their texts."""
+        found = [""] * len(documents)
+        by_part: dict[int, list[tuple[int, int]]] = {}
+        for place, document in enumerate(documents.tolist()):
+            part, local = self._place(parts, document)
+            by_part.setdefault(part.part, []).append((local, place))
+        for number, wanted in by_part.items():
+            file = self.file(parts[number])
+            groups = sorted({local // DOCUMENT_GROUP for local, _ in wanted})
+            with self._lock:
+                table = file.read_row_groups(groups, columns=["source"], use_threads=False)
+            # Of the groups read only the last of the part can be short, and it comes last.
+            first = {group: i * DOCUMENT_GROUP for i, group in enumerate(groups)}
+            rows = [first[local // DOCUMENT_GROUP] + local % DOCUMENT_GROUP for local, _ in wanted]
+            for (_, place), source in zip(wanted, table.column(0).take(rows), strict=True):
+                found[place] = str(source.as_py())
+        return found
+
+    def _place(self, parts: Sequence[Part], document: int) -> tuple[Part, int]:
+        """Return the part that holds a document, and its number in it."""
         first = 0
         for part in parts:
             if 0 <= document - first < part.n_documents:
-                local = document - first
-                group = self.group(part, local // DOCUMENT_GROUP)
-                row: dict[str, object] = group.slice(local % DOCUMENT_GROUP, 1).to_pylist()[0]
-                return row
+                return part, document - first
             first += part.n_documents
         raise RowNotFound(
             f"document = {document} is not in the store; it has documents 0 … {first - 1}."

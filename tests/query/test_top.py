@@ -14,7 +14,7 @@ from actstore.errors import (
     QueryError,
     SiteNotFound,
 )
-from actstore.query import Top, snippets, top
+from actstore.query import Database, Top, snippets, top
 from actstore.store import CoreStore
 from tests.query.stores import WIDTHS, activations, make_store, ranked, write_index
 from tests.synthetic import synthetic_store
@@ -70,6 +70,27 @@ def test_every_way_gives_the_same_rows(
         3: "index + 1 segment scanned",
     }
     assert answer.reached == expected[len(covers)]
+
+
+@pytest.mark.parametrize("covers", [[], [0, 2], [0, 1, 2]])
+@pytest.mark.parametrize("k", [7, 61])
+def test_without_text_the_facts_of_each_row_are_its_own(
+    tmp_path: Path, covers: list[int], k: int
+) -> None:
+    """Document, position, token type and source are those of the tables, however it is reached."""
+    store = make_store(tmp_path / "s")
+    if covers:
+        write_index(store, covers)
+    answer = top(store, "mlp_post.10", 3, k, before=0, after=0)
+    database = Database(store)
+    for row in answer:
+        (expected,) = database.sql(
+            "SELECT row_id, document, position, t.text AS token, source FROM tokens t "
+            "JOIN documents d USING (document) WHERE row_id = $row_id",
+            row_id=row["row_id"],
+        )
+        assert {name: row[name] for name in expected} == expected
+        assert (row["before"], row["after"]) == ("", "")
 
 
 def test_a_store_being_captured_answers_with_what_is_committed(tmp_path: Path) -> None:
@@ -158,7 +179,7 @@ def test_wrong_arguments_are_refused(shared: CoreStore) -> None:
         top(shared, "mlp_post.0", -1)
     with pytest.raises(ArgumentError, match="k = 0; expected the number of rows"):
         top(shared, "mlp_post.0", 0, 0)
-    with pytest.raises(ArgumentError, match=r"neuron = 1\.5, k = 20; expected integers"):
+    with pytest.raises(ArgumentError, match=r"neuron = 1\.5; expected an integer"):
         top(shared, "mlp_post.0", 1.5)  # type: ignore[arg-type]
 
 
