@@ -1,6 +1,7 @@
 """The core store: the folder of facts every other package meets in."""
 
-from actstore.store.core import CoreStore, is_vacant
+from actstore.store.core import CoreStore
+from actstore.store.facts import is_vacant
 from actstore.store.generations import Generation
 from actstore.store.meta import (
     FIRST,

@@ -8,16 +8,10 @@ behind without a commit is not there.
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from operator import index as as_integer
 from pathlib import Path
 from typing import Any
@@ -27,7 +21,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actstore import durable
-from actstore.durable import FileFacts, Verifier
 from actstore.errors import (
     ArgumentError,
     DamagedFile,
@@ -36,43 +29,25 @@ from actstore.errors import (
     ResultNotFound,
     RowNotFound,
     SiteNotFound,
-    StoreNotFound,
     did_you_mean,
 )
-from actstore.shard import DTYPES, RowStack, ShardLayout, ShardReader
+from actstore.shard import DTYPES, RowStack, ShardLayout
 from actstore.site import Site, select, summarize
+from actstore.store.facts import Facts
 from actstore.store.generations import Generation, latest, latest_prefix
 from actstore.store.index_tables import IndexTables
-from actstore.store.meta import FIRST, SPECIAL, Commit, Part, Segment, SiteInfo, StoreMeta
+from actstore.store.meta import FIRST, SPECIAL, SiteInfo
+from actstore.store.open_shards import OpenShard, OpenShards
 from actstore.store.results import Result, ResultWriter
 from actstore.store.rows import Rows, SiteRows
 from actstore.store.segment_writer import SegmentWriter
 from actstore.store.stored_rows import ALL, NONE, is_sample, keep_text, sample_name
-from actstore.store.tables import TOKENS, VOCABULARY, DocumentTables, TokenTables
+from actstore.store.tables import TOKENS, DocumentTables, TokenTables
 
-_OPEN_SHARDS = 256
 _SAMPLES = 64  # of at most S / 2 rows, 8 bytes each
-_GROUP: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
-def is_vacant(folder: Path) -> bool:
-    """Return whether a store can be made in a folder: it is empty, or not there at all.
-
-    What a process left that was killed while it made a store there does not count.
-    """
-    if not folder.is_dir():
-        return not folder.exists()
-    return all(re.fullmatch(r"zarr\.json\.\d+\.partial", e.name) for e in folder.iterdir())
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    """A reader of an open file, which closes with the last reference to it."""
-
-    reader: ShardReader
-
-
-class CoreStore:
+class CoreStore(Facts):
     """A store on a local disk.
 
     Parameters
@@ -89,203 +64,16 @@ class CoreStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()  # a process may change its folder
-        root = self.path / "zarr.json"
-        if not root.is_file():
-            found = "a folder without a store" if self.path.is_dir() else "not a folder"
-            raise StoreNotFound(
-                f"{self.path} is {found} (it has no zarr.json). Make a store there with "
-                "actstore.capture(model, corpus, path), or check the path."
-            )
-        document = durable.read_json(root)
-        attributes = document.get("attributes") if isinstance(document, dict) else None
-        if not isinstance(attributes, dict) or "actstore" not in attributes:
-            raise StoreNotFound(
-                f"{self.path} is a Zarr group that actstore did not make. Check the path."
-            )
-        self.meta = StoreMeta.from_json(attributes["actstore"], str(self.path))
-        for info in self.meta.sites:
-            durable.confined(self.path, info.path)
-        self.verifier = Verifier(self.path)
+        super().__init__(path)
         self.tokens_tables = TokenTables(self.verifier, str(self.path))
         self.documents_tables = DocumentTables(self.verifier, str(self.path))
         self.index_tables = IndexTables(self.verifier, self.path)
         self._infos = {info.site: info for info in self.meta.sites}
         self._layouts: dict[Site, ShardLayout] = {}
-        self._shards: OrderedDict[tuple[str, int, FileFacts], _OpenShard] = OrderedDict()
-        self._verified: dict[tuple[str, int, FileFacts], npt.NDArray[np.bool_]] = {}
+        self._shards = OpenShards(self.path)
         self._samples: OrderedDict[str, npt.NDArray[np.int64]] = OrderedDict()
-        self._commits: dict[int, Commit] = {}
         self._chosen: dict[tuple[str, str], tuple[tuple[int, ...], Rows]] = {}
         self._lock = threading.Lock()  # scans read ahead in a thread of their own
-        self.refresh()
-
-    @classmethod
-    def create(cls, path: str | Path, meta: StoreMeta) -> CoreStore:
-        """Make an empty store, or open the one that another process made meanwhile.
-
-        Raises
-        ------
-        StoreNotFound
-            If the folder exists, is not empty, and holds no store.
-        """
-        folder = Path(path)
-        if not is_vacant(folder) and not (folder / "zarr.json").exists():
-            raise StoreNotFound(
-                f"{folder} is not empty and holds no store. Name a new or empty folder."
-            )
-        durable.make_folder(folder)
-        document = {
-            "zarr_format": 3,
-            "node_type": "group",
-            "attributes": {"actstore": durable.sealed(meta.to_json())},
-        }
-        with suppress(FileExistsError):
-            durable.create(folder / "zarr.json", durable.to_json(document))
-        return cls(folder)
-
-    # -- the plan ------------------------------------------------------------------------------
-
-    def refresh(self) -> None:
-        """See what other processes have published since."""
-        self._read_plan()
-        self.refresh_commits()
-        self.__dict__.pop("vocabulary", None)
-
-    def refresh_commits(self) -> None:
-        """See which segments are committed by now."""
-        self.committed = self._list_commits()
-        self._stored = frozenset(self.committed)
-
-    def _read_plan(self) -> None:
-        self.parts = self._read_parts()
-        self._segments = {s.segment: s for part in self.parts for s in part.segments}
-        self._places: dict[str, dict[int, int]] = {}
-
-    def _read_parts(self) -> list[Part]:
-        names = sorted(path for path in (self.path / "plan").glob("*.json") if path.stem.isdigit())
-        parts = []
-        for number, path in enumerate(names):
-            try:
-                part = Part.from_json(durable.read_sealed(path))
-            except (KeyError, TypeError, ValueError) as error:
-                raise DamagedFile(f"{path} breaks the format: {error!r}.") from error
-            if part.part != number:
-                raise DamagedFile(f"plan part {number} is missing from {self.path}/plan.")
-            parts.append(part)
-        return parts
-
-    @property
-    def planned(self) -> Mapping[int, Segment]:
-        """The planned segments by number."""
-        return self._segments
-
-    @property
-    def plan_complete(self) -> bool:
-        """Whether the plan has reached the end of the corpus."""
-        return bool(self.parts) and self.parts[-1].complete
-
-    def plan_lock(self) -> Any:
-        """Hold the right to publish plan parts."""
-        return durable.lock(self.path / "work" / "plan.lock", f"the plan of {self.path}", True)
-
-    def publish_part(self, part: Part) -> None:
-        """Publish a plan part whose Parquet files are written, and grow the arrays to hold it."""
-        durable.make_folder(self.path / "plan")
-        durable.create(
-            self.path / f"plan/{part.part:05d}.json",
-            durable.to_json(durable.sealed(part.to_json())),
-        )
-        self.refresh()
-        self.grow_arrays()
-
-    def grow_arrays(self) -> None:
-        """Give every array the shape the plan asks for; it has it already, unless a crash came."""
-        n_segments = max(self._segments, default=-1) + 1
-        for info in self.meta.kept_sites:
-            layout = self.meta.layout(info)
-            attributes = {"site": str(info.site), "module": info.module, "side": info.side}
-            documents = {self.path / info.path: layout.zarr_metadata(n_segments, attributes)}
-            for parent in Path(info.path).parents[:-1]:  # Zarr readers walk down by groups
-                documents[self.path / parent] = _GROUP
-            for folder, document in documents.items():
-                path, data = folder / "zarr.json", durable.to_json(document)
-                if not path.exists() or path.read_bytes() != data:
-                    durable.make_folder(folder)
-                    durable.replace(path, data)
-
-    @property
-    def has_vocabulary(self) -> bool:
-        """Whether the token types have been written."""
-        return (self.path / "vocabulary.json").exists()
-
-    def write_vocabulary(self, table: pa.Table) -> None:
-        """Write the token types of the tokenizer."""
-        path = self.path / "vocabulary.parquet"
-        facts = durable.write_table(path, table.cast(VOCABULARY))
-        document = durable.sealed({"files": {path.name: facts.to_json()}})
-        durable.replace(self.path / "vocabulary.json", durable.to_json(document))
-
-    def vocabulary_files(self) -> dict[str, FileFacts]:
-        """Return the facts of the vocabulary file."""
-        document = durable.read_sealed(self.path / "vocabulary.json")
-        return {n: FileFacts.from_json(entry) for n, entry in document["files"].items()}
-
-    @cached_property
-    def vocabulary(self) -> pa.Table:
-        """The token types: token_id, text, piece."""
-        self.verifier.check(self.vocabulary_files())
-        return pa.parquet.read_table(self.path / "vocabulary.parquet")
-
-    # -- commits -------------------------------------------------------------------------------
-
-    def _list_commits(self) -> tuple[int, ...]:
-        folder = self.path / "commits"
-        if not folder.is_dir():
-            return ()
-        names = (entry.name for entry in folder.iterdir())
-        found = sorted(int(m[1]) for name in names if (m := re.fullmatch(r"(\d+)\.json", name)))
-        if not self._segments.keys() >= set(found):
-            self._read_plan()  # another process may have published a part since
-        unplanned = [segment for segment in found if segment not in self._segments]
-        if unplanned:
-            raise DamagedFile(
-                f"segment {unplanned[0]} of {self.path} is committed but no plan part names it; "
-                "a file under plan/ is missing. Restore it from a copy."
-            )
-        return tuple(found)
-
-    def commit_of(self, segment: int) -> Commit:
-        """Return the commit of a committed segment."""
-        if segment not in self._commits:
-            path = self.path / f"commits/{segment:08d}.json"
-            try:
-                commit = Commit.from_json(durable.read_sealed(path))
-            except (KeyError, TypeError, ValueError) as error:
-                raise DamagedFile(f"{path} breaks the format: {error!r}.") from error
-            if commit.segment != segment or dict(commit.rows) != dict(self.planned[segment].rows):
-                raise DamagedFile(f"{path} does not agree with the plan. Restore it from a copy.")
-            self._commits[segment] = commit
-        return self._commits[segment]
-
-    def committed_rows(self, space: str = "") -> dict[int, int]:
-        """Return the number of rows of each committed segment."""
-        return {s: self.planned[s].rows.get(space, 0) for s in self.committed}
-
-    def n_rows(self, space: str | None = None) -> int:
-        """Return how many rows are committed."""
-        space = self.meta.spaces[0] if space is None else space
-        return sum(self.committed_rows(space).values())
-
-    def wait_for_segment(self, segment: int) -> None:
-        """Return when no process holds the lock of a segment any more."""
-        path = self.path / "work" / f"segment-{segment:08d}.lock"
-        with durable.lock(path, f"segment {segment} of {self.path}", wait=True):
-            self.refresh_commits()
-
-    def write_segment(self, segment: int) -> SegmentWriter:
-        """Return a writer that holds the segment's lock; see `SegmentWriter`."""
-        return SegmentWriter(self, self.planned[segment])
 
     # -- sites and rows ------------------------------------------------------------------------
 
@@ -377,40 +165,11 @@ class CoreStore:
                 "capture again to go on with it, or store.refresh() if it is running."
             )
 
-    def _shard(self, path: str, segment: int, layout: ShardLayout, facts: FileFacts) -> _OpenShard:
-        key = (path, segment, facts)  # a result may be deleted and computed again
-        with self._lock:
-            if key in self._shards:
-                self._shards.move_to_end(key)
-                return self._shards[key]
-            name = f"{path}/c/{segment}/0"
-            try:
-                fd = os.open(durable.confined(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise DamagedFile(
-                    f"{name} is missing from {self.path}, though segment {segment} is committed. "
-                    "Restore it from a copy, or capture into a new store."
-                ) from None
-            label = f"{name} of {self.path} (segment {segment})"
-            try:
-                reader = ShardReader(fd, layout, facts.n_bytes, label, facts.chunks_crc32c)
-            except BaseException:
-                os.close(fd)
-                raise
-            if key in self._verified:
-                reader.verified = self._verified[key]
-            self._verified[key] = reader.verified
-            self._shards[key] = _OpenShard(reader)
-            weakref.finalize(self._shards[key], os.close, fd)
-            if len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)
-            return self._shards[key]
-
-    def _site_shard(self, info: SiteInfo, segment: int) -> _OpenShard:
+    def _site_shard(self, info: SiteInfo, segment: int) -> OpenShard:
         self._check_committed(segment)
         layout = self.layout(info)
         facts = self.commit_of(segment).files[f"{info.path}/c/{segment}/0"]
-        return self._shard(info.path, segment, layout, facts)
+        return self._shards.get(info.path, segment, layout, facts)
 
     def stored_offsets(self, info: SiteInfo, segment: int) -> npt.NDArray[np.int64]:
         """Return the offsets of a committed segment whose rows are stored at a site, ascending.
@@ -589,18 +348,6 @@ class CoreStore:
         stop = n_rows if stop is None else min(stop, n_rows)
         return self.tokens_tables.columns(part, names, first + start, first + stop, space)
 
-    def texts_of(self, token_ids: npt.NDArray[np.integer[Any]]) -> pa.Array:
-        """Return the texts of token types, in their order; null where there is no such type."""
-        known, texts = self._texts
-        places = np.minimum(np.searchsorted(known, token_ids), len(known) - 1)
-        found: pa.Array = texts.take(pa.array(places, mask=known[places] != token_ids))
-        return found
-
-    @cached_property
-    def _texts(self) -> tuple[npt.NDArray[np.int32], pa.Array]:
-        vocabulary = self.vocabulary.sort_by("token_id").combine_chunks()
-        return vocabulary["token_id"].to_numpy(), vocabulary["text"].combine_chunks()
-
     def tokens(self, segment: int, space: str = "") -> pa.Table:
         """Return the token index of a planned segment, in row order."""
         planned = self.planned[segment]
@@ -762,7 +509,7 @@ class CoreStore:
         layout = result.layout(array)
         name = f"{array}/c/{segment}/0"
         path = result.path.relative_to(self.path).as_posix()
-        shard = self._shard(f"{path}/{array}", segment, layout, result.files[name])
+        shard = self._shards.get(f"{path}/{array}", segment, layout, result.files[name])
         rows = self.planned[segment].rows[result.document.get("space", "")]
         infos = [self.site(site) for site in result.document.get("sites", ())]
         least = min(infos, key=lambda info: info.keep, default=None)
@@ -773,6 +520,10 @@ class CoreStore:
         if len(stored):
             values[stored] = shard.reader.read_rows(0, len(stored))
         return values
+
+    def write_segment(self, segment: int) -> SegmentWriter:
+        """Return a writer that holds the segment's lock; see `SegmentWriter`."""
+        return SegmentWriter(self, self.planned[segment])
 
     def n_bytes(self) -> int:
         """Return the bytes of the committed activations, as their commits say."""

@@ -72,7 +72,7 @@ DOCUMENT_GROUP = 16
 """Documents in a row group, so that reading one text does not read all of them."""
 
 _CACHED_GROUPS = 16
-_CACHED_COLUMN_BYTES = 1 << 26
+_CACHED_COLUMN_BYTES = 1 << 27
 
 
 class _GroupReader:
@@ -137,7 +137,7 @@ class TokenTables(_GroupReader):
     ) -> list[npt.NDArray[Any]]:
         """Return columns of the tokens at places ``start … stop`` of a part's file.
 
-        Only these columns of their row groups are read; what was read lately is kept, up to 64 MiB.
+        Only these columns of their row groups are read; of them 128 MiB are kept, the latest.
         """
         file, key = self.file(part, space), part.file("tokens", space)
         with self._lock:

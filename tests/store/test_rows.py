@@ -186,7 +186,7 @@ def test_many_open_shards_do_not_run_out_of_files(
 ) -> None:
     """Shards are closed when too many are open, and read again without being checked again."""
     values = {site: toy_store.store[site][:] for site in toy_store.store.sites}
-    monkeypatch.setattr("actstore.store.core._OPEN_SHARDS", 2)
+    monkeypatch.setattr("actstore.store.open_shards._OPEN_SHARDS", 2)
     store = CoreStore(toy_store.store.path)
     before = psutil.Process().num_fds()
     for _ in range(2):
