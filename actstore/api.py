@@ -89,7 +89,8 @@ class Store(CoreStore):
         query : str
             One SELECT, or EXPLAIN, DESCRIBE or SUMMARIZE of one, over the views documents, tokens,
             vocabulary, sites, neurons, histograms, exemplars, factors, factor_sites, loadings,
-            factor_exemplars, similarity and results, and the tables ``top_tokens(site, neuron)``,
+            factor_exemplars, factor_positions, factor_documents, factor_tokens, factor_histograms,
+            similarity and results, and the tables ``top_tokens(site, neuron)``,
             ``activations(site, neuron)`` and ``means(site, key)``.
         **params
             Values for ``$name`` in the query.
@@ -561,7 +562,7 @@ class Store(CoreStore):
     ) -> Path:
         """Write a factor's statistics and exemplars in context as one JSON file.
 
-        One pass over the scores.  Parameters as for `export_neuron`, and
+        Parameters as for `export_neuron`, and
 
         Parameters
         ----------

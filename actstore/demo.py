@@ -193,7 +193,7 @@ def questions(store: Store) -> list[tuple[str, str]]:
             "SELECT factor, round(any_value(share), 3) AS share, "
             "string_agg(DISTINCT trim(vocabulary.text), ' ') AS tokens FROM factor_exemplars "
             "JOIN factors USING (result, factor) JOIN vocabulary USING (token_id) "
-            "WHERE rank <= 8 GROUP BY factor ORDER BY factor",
+            "WHERE side = 'top' AND rank <= 8 GROUP BY factor ORDER BY factor",
         ),
         (
             "Which layers are least alike?",

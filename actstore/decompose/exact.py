@@ -23,15 +23,11 @@ import numpy.typing as npt
 import torch
 
 from actstore.decompose.codes import solve_codes
-from actstore.decompose.exemplars import Exemplars
 from actstore.decompose.matrix import Matrix, energy
 from actstore.decompose.scan import Block
-from actstore.store import CoreStore
 
 _SWEEPS = 400
 _TOLERANCE = 1e-4
-_EARLY_POSITIONS = 4
-"""Positional factors of real models live in the first few positions of a window."""
 
 
 class ExactPass:
@@ -45,16 +41,11 @@ class ExactPass:
         Of unit length, or zero.
     mean : Tensor (width,)
         Mean row of the matrix.
-    n_exemplars : int
-        Rows with the highest scores to keep of each factor.
     """
 
-    def __init__(
-        self, matrix: Matrix, loadings: torch.Tensor, mean: torch.Tensor, n_exemplars: int
-    ) -> None:
+    def __init__(self, matrix: Matrix, loadings: torch.Tensor, mean: torch.Tensor) -> None:
         k = len(loadings)
         self.loadings = loadings
-        self.exemplars = Exemplars(k, n_exemplars)
         self._matrix = matrix
         self._gram = loadings @ loadings.T
         self._directions = torch.cat([loadings, mean[None] / mean.norm().clamp(min=1e-30)])
@@ -66,36 +57,15 @@ class ExactPass:
         self._products_gram = torch.zeros(k, k, dtype=torch.float64)
         self._codes_rows = torch.zeros(k, matrix.scan.width, dtype=torch.float64)  # P
         self._mean_energy = 0.0
-        self._n_active = torch.zeros(k, dtype=torch.int64)
         self._n_moving = 0
 
-    def run(self, store: CoreStore, blocks: Iterable[Block], spool: IO[bytes]) -> None:
+    def run(self, blocks: Iterable[Block], spool: IO[bytes]) -> None:
         """Take every row once, in row order; its scores go to the spool, ``(rows, k)`` float32."""
-        space = next(iter(self._matrix.scan.columns)).space
-        size = store.meta.segment_rows
-        by_position = torch.zeros(store.meta.context, len(self.loadings), dtype=torch.float64)
-        segment, positions = -1, np.empty(0, np.int32)
         for block in blocks:
-            if block.row_ids[0] // size != segment:
-                segment = int(block.row_ids[0] // size)
-                positions = store.tokens(segment, space).column("position").to_numpy()
-            codes, energies = self._update(block)
-            here = positions[block.row_ids - segment * size].astype(np.int64)
-            by_position.index_add_(0, torch.from_numpy(here), energies.T.double())
-            scores = codes.T.contiguous().numpy()
-            spool.write(scores.data)
-            self.exemplars.update(scores, block.row_ids)
-        totals = by_position.sum(0).clamp(min=1e-300)
-        peaks = by_position.max(0)
-        self.peak_position = peaks.indices.numpy()
-        """The position at which a factor has most of its energy."""
-        self.peak_position_share = (peaks.values / totals).numpy()
-        """How much of its energy lies there."""
-        self.early_share = (by_position[:_EARLY_POSITIONS].sum(0) / totals).numpy()
-        """How much of its energy lies in positions 0 … 3."""
+            spool.write(self._update(block).T.contiguous().numpy().data)
 
-    def _update(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add a block to the sums; return its codes and their energies, ``(k, n)`` each."""
+    def _update(self, block: Block) -> torch.Tensor:
+        """Add a block to the sums; return its codes, ``(k, n)``."""
         spans = self._matrix.scan.columns.values()
         values = block.values
         self._signed_energy += [energy(values[:, span]) for span in spans]
@@ -105,14 +75,12 @@ class ExactPass:
         self._mean_energy += float(products[-1].double().square().sum())
         products = products[:-1]
         codes, n_moving = solve_codes(products, self._gram, n_sweeps=_SWEEPS, tolerance=_TOLERANCE)
-        energies = products * codes
-        self._factor_energy += energies.sum(1, dtype=torch.float64)
+        self._factor_energy += (products * codes).sum(1, dtype=torch.float64)
         self._codes_gram += codes @ codes.T
         self._products_gram += products @ products.T
         self._codes_rows += codes @ rows
-        self._n_active += (codes > 0).sum(1)
         self._n_moving += n_moving
-        return codes, energies
+        return codes
 
     # -- what follows --------------------------------------------------------------------------
 
@@ -132,12 +100,6 @@ class ExactPass:
         spans = self._matrix.scan.columns.values()
         by_site = torch.stack([parts[:, span].sum(1) for span in spans], dim=1)
         found: npt.NDArray[np.float64] = (by_site / by_site.sum(1, True).clamp(min=1e-300)).numpy()
-        return found
-
-    @property
-    def active_share(self) -> npt.NDArray[np.float64]:
-        """The share of rows on which each factor has a score above zero."""
-        found: npt.NDArray[np.float64] = self._n_active.numpy() / self._matrix.scan.n_rows
         return found
 
     def _error(self, span: slice, whole: float) -> float | None:

@@ -27,13 +27,12 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from actstore import durable
@@ -42,15 +41,21 @@ from actstore.decompose.exact import ExactPass
 from actstore.decompose.factors import Factors
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.scan import BLOCK_ROWS, Block, Scan, chosen_rows
+from actstore.decompose.score_folds import N_EXEMPLARS
 from actstore.decompose.start import OVERSAMPLING, nndsvda
+from actstore.decompose.write_factors import (
+    LOADING_BYTES,
+    LOADINGS_AT_ONCE,
+    Found,
+    write_factors,
+)
 from actstore.errors import ArgumentError
 from actstore.site import Site, summarize
-from actstore.store import CoreStore, ResultWriter, Rows, SiteInfo
+from actstore.store import CoreStore, Rows
 from actstore.store.budget import Progress, parse_budget
 
 _SAMPLE_ROWS = 8192
 _ONLINE_SWEEPS = 6
-_N_EXEMPLARS = 100
 
 
 def nmf(
@@ -134,12 +139,14 @@ def nmf(
             f"{n_neurons:,} neurons of {summarize(info.site for info in infos)} and "
             f"{chosen.n_rows:,} rows ({chosen.rule}) of {store.path}."
         )
+    budget_bytes = parse_budget(budget)
+    reserved_bytes = _reserved_bytes(n_components, n_neurons, store)
     scan = Scan(
         store,
         infos,
         chosen,
-        budget_bytes=parse_budget(budget),
-        reserved_bytes=_reserved_bytes(n_components, n_neurons, store),
+        budget_bytes=budget_bytes,
+        reserved_bytes=reserved_bytes,
         seed=seed,
     )
     scan.rows_at_once(BLOCK_ROWS)  # refuse before anything is read
@@ -159,13 +166,20 @@ def nmf(
     loadings, mean = _online_passes(matrix, loadings, passes, clock)
     durable.make_folder(store.path / "work")
     with writer, tempfile.TemporaryFile(dir=store.path / "work") as spool:
-        exact = ExactPass(matrix, loadings, mean, _N_EXEMPLARS)
+        exact = ExactPass(matrix, loadings, mean)
         blocks = clock.over("exact pass", scan.ordered(), scan.n_rows)
-        exact.run(store, blocks, spool)
+        exact.run(blocks, spool)
         clock.start("write")
         order = np.argsort(-exact.shares, kind="stable")
-        _write_scores(writer, store, infos, chosen, order, spool)
-        _write_factors(writer, store, infos, exact, order)
+        found = Found(
+            infos,
+            chosen,
+            loadings.numpy()[order],
+            functools.partial(_spooled, spool, chosen, order),
+            {"share": exact.shares[order]},
+            exact.site_shares[order],
+        )
+        write_factors(writer, store, found, budget_bytes - reserved_bytes)
         clock.stop()
         summary = {
             "n_components": n_components,
@@ -181,7 +195,7 @@ def nmf(
             "seed": seed,
             "passes": passes,
             **exact.summary(),
-            "n_exemplars": _N_EXEMPLARS,
+            "n_exemplars": N_EXEMPLARS,
             "n_reads": scan.ranked.n_reads,
             "bytes_read": scan.ranked.bytes_read,
             "seconds": clock.seconds,
@@ -197,12 +211,12 @@ def _reserved_bytes(n_components: int, n_neurons: int, store: CoreStore) -> int:
     """Return what the factorisation needs beside the blocks, at its hungriest.
 
     At the start: the range, its image and the QR of both.  Later: loadings, directions, and P in
-    float32 while it is added and in float64.  At the end: the long table of loadings.  And always
-    the scores of one segment, before and after they are put in order.
+    float32 while it is added and in float64.  At the end: some of the long table of loadings.  And
+    always the scores of one segment, before and after they are put in order.
     """
     start = 20 * (n_components + OVERSAMPLING) * n_neurons
     later = 28 * (n_components + 1) * n_neurons
-    table = 80 * n_components * n_neurons
+    table = LOADING_BYTES * max(n_neurons, LOADINGS_AT_ONCE)
     return max(start, later, table) + 12 * n_components * store.meta.segment_rows
 
 
@@ -309,112 +323,13 @@ def _revive(
         gram[:, j] = 0
 
 
-# -- the result --------------------------------------------------------------------------------
-
-
-def _write_scores(
-    writer: ResultWriter,
-    store: CoreStore,
-    infos: Sequence[SiteInfo],
-    chosen: Rows,
-    order: npt.NDArray[np.int64],
-    spool: IO[bytes],
-) -> None:
-    """Write the scores of the rows that all sites store, factors in order; NaN if not chosen."""
+def _spooled(
+    spool: IO[bytes], chosen: Rows, order: npt.NDArray[np.int64], segment: int
+) -> npt.NDArray[np.float32]:
+    """Return the scores of a segment, as they were written in row order, factors in order."""
     k = len(order)
-    spool.seek(0)
-    least = min(infos, key=lambda info: info.keep)
-    rows = store.meta.layout(least).rows
-    array = writer.rows_array("scores", k, "float32", rows)
-    for segment in store.committed:
-        offsets = chosen.offsets(segment)
-        scores = np.frombuffer(spool.read(4 * k * len(offsets)), np.float32).reshape(-1, k)
-        values = np.full((len(store.stored_offsets(least, segment)), k), np.nan, np.float32)
-        values[store.positions(least, segment, offsets)] = scores[:, order]
-        array.write(segment, values)
-    writer.add_rows_array("scores", array, store.committed[-1] + 1)
-
-
-def _write_factors(
-    writer: ResultWriter,
-    store: CoreStore,
-    infos: Sequence[SiteInfo],
-    exact: ExactPass,
-    order: npt.NDArray[np.int64],
-) -> None:
-    """Write the loadings and the tables, factors in order."""
-    loadings = exact.loadings.numpy()[order]
-    k = len(order)
-    writer.write_array("loadings", loadings)
-    fourth = np.square(np.square(loadings, dtype=np.float64)).sum(1)
-    factors = {
-        "factor": np.arange(k, dtype=np.int32),
-        "share": exact.shares[order],
-        "active_share": exact.active_share[order],
-        "effective_neurons": np.divide(1.0, fourth, out=np.zeros(k), where=fourth > 0),
-        "peak_position": exact.peak_position[order].astype(np.int32),
-        "peak_position_share": exact.peak_position_share[order],
-        "early_share": exact.early_share[order],
-    }
-    writer.write_table("factors", pa.table(factors))
-    factor_sites = {
-        "factor": np.repeat(np.arange(k, dtype=np.int32), len(infos)),
-        **_site_columns(infos, np.tile(np.arange(len(infos)), k)),
-        "share": exact.site_shares[order].ravel(),
-    }
-    writer.write_table("factor_sites", pa.table(factor_sites))
-    writer.write_table("loadings", _loadings_table(loadings, infos))
-    exemplars = _exemplars_table(store, infos[0].site.space, exact, order)
-    writer.write_table("factor_exemplars", exemplars)
-
-
-def _site_columns(infos: Sequence[SiteInfo], number: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
-    """Return the columns that name a site, for rows of the sites with the given numbers."""
-
-    def words(values: Sequence[str]) -> pa.Array:
-        codes = pa.array(number.astype(np.int32))
-        return pa.DictionaryArray.from_arrays(codes, pa.array(values)).cast(pa.string())
-
-    layers = np.array([info.site.layer for info in infos], np.int32)
-    return {
-        "site": words([str(info.site) for info in infos]),
-        "space": words([info.site.space for info in infos]),
-        "hook": words([info.site.hook for info in infos]),
-        "layer": pa.array(layers[number]),
-    }
-
-
-def _loadings_table(loadings: npt.NDArray[np.float32], infos: Sequence[SiteInfo]) -> pa.Table:
-    """Return the loadings above zero, one a row, by factor, site and neuron."""
-    factor, column = np.nonzero(loadings)
-    edges = np.cumsum([0] + [info.width for info in infos])
-    number = np.searchsorted(edges, column, side="right") - 1
-    return pa.table(
-        {
-            "factor": factor.astype(np.int32),
-            **_site_columns(infos, number),
-            "neuron": (column - edges[number]).astype(np.int32),
-            "loading": loadings[factor, column],
-        }
-    )
-
-
-def _exemplars_table(
-    store: CoreStore, space: str, exact: ExactPass, order: npt.NDArray[np.int64]
-) -> pa.Table:
-    values = [exact.exemplars.values[j] for j in order]
-    counts = [len(v) for v in values]
-    row_ids = np.concatenate([exact.exemplars.row_ids[j] for j in order])
-    tokens = store.tokens_of(row_ids, space)
-    return pa.table(
-        {
-            "factor": np.repeat(np.arange(len(order), dtype=np.int32), counts),
-            "side": pa.array(["top"] * len(row_ids), pa.string()),
-            "rank": np.concatenate([np.arange(1, n + 1, dtype=np.int32) for n in counts]),
-            "row_id": row_ids,
-            "value": np.concatenate(values),
-            "document": tokens.column("document"),
-            "position": tokens.column("position"),
-            "token_id": tokens.column("token_id"),
-        }
-    )
+    before = sum(len(chosen.offsets(s)) for s in chosen.segments if s < segment)
+    n_rows = len(chosen.offsets(segment))
+    spool.seek(4 * k * before)
+    scores: npt.NDArray[np.float32] = np.frombuffer(spool.read(4 * k * n_rows), np.float32)
+    return scores.reshape(-1, k)[:, order]

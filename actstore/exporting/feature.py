@@ -32,17 +32,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actstore.decompose import Factors
 from actstore.errors import ArgumentError
 from actstore.exporting.contexts import Context, contexts
 from actstore.exporting.files import new_file, written_aside
-from actstore.folds import Histogram, Moments, Sample
-from actstore.folds.histogram import bin_edges
+from actstore.folds import Sample
 from actstore.folds.sample import SampleState, quantile_rows
 from actstore.site import Site
-from actstore.store import FIRST, SPECIAL, CoreStore, Generation, SiteInfo
+from actstore.store import CoreStore, Generation, SiteInfo
 from actstore.store.budget import as_count
 from actstore.store.stored_rows import ALL, NONE, hash_rows, keep_text
 
@@ -451,7 +452,7 @@ class _IndexOfNeuron:
 def factor_feature(factors: Factors, factor: int, shown: Shown | None = None) -> Feature:
     """Return a factor with the statistics of its scores, and its exemplars.
 
-    Cost: one pass over the scores.
+    Cost: its rows of the tables, and the scores around each exemplar.
 
     Parameters
     ----------
@@ -487,46 +488,27 @@ def factor_feature(factors: Factors, factor: int, shown: Shown | None = None) ->
         "rows_of_the_result": summary["rows"],
         "top_neurons": neurons.select(["site", "neuron", "loading"]).to_pylist(),
     }
-    table = factors.table("factor_exemplars")
-    top = table.filter(np.asarray(table.column("factor")) == factor)
-    ids, values = top.column("row_id").to_numpy(), top.column("value").to_numpy()
-    first = _first_of_windows(store, ids, summary["space"])
-    column = _scan_scores(factors, factor, (ids[first], values[first]))
+    column = _column_of_factor(factors, factor)
     return Feature(store, summary["space"], identity, facts, column, shown or Shown())
 
 
-def _first_of_windows(store: CoreStore, row_ids: Ids, space: str) -> Ids:
-    """Return the places of the rows that are the first of their window in a list."""
-    windows = store.tokens_of(row_ids, space).column("window_id").to_numpy()
-    return np.sort(np.unique(windows, return_index=True)[1])
+def _column_of_factor(factors: Factors, factor: int) -> _Column:
+    def rows_of(name: str) -> pa.Table:
+        return factors.result.table(name, factor=factor)
 
+    def side(name: str) -> tuple[Ids, Values]:
+        of = exemplars.filter(pc.equal(exemplars.column("side"), name)).sort_by("rank")
+        return of.column("row_id").to_numpy(), of.column("value").to_numpy()
 
-def _scan_scores(factors: Factors, factor: int, top: tuple[Ids, Values]) -> _Column:
-    store = factors.store
-    moments, histogram, sample = Moments(), Histogram(), Sample()
-    states = moments.start(1), histogram.start(1), sample.start(1)
-    for name in factors.result.files:
-        if not name.startswith("scores/c/"):
-            continue
-        segment = int(name.split("/")[2])
-        scores = factors.scores_of_segment(segment)[:, factor, None]
-        flags = store.tokens(segment, factors.summary["space"]).column("flags").to_numpy()
-        rows = np.flatnonzero(~np.isnan(scores[:, 0]) & ((flags & (SPECIAL | FIRST)) == 0))
-        ids = rows + segment * store.meta.segment_rows
-        states = (
-            moments.update(states[0], scores[rows], ids),
-            histogram.update(states[1], scores[rows], ids),
-            sample.update(states[2], scores[rows], ids),
-        )
-    found = {**moments.finish(states[0]), **histogram.finish(states[1])}
-    counts = states[1].counts[0]
-    low, high = (edges[counts > 0] for edges in bin_edges())
-    statistics = _statistics({name: values[0].item() for name, values in found.items()})
+    exemplars, bins = rows_of("factor_exemplars"), rows_of("factor_histograms")
+    (row,) = rows_of("factors").to_pylist()
+    row_ids, values = side("random")
+    ascending = np.argsort(row_ids)
     return _Column(
-        statistics,
-        _bins(low, high, counts[counts > 0]),
-        top,
-        _valid(states[2]),
+        _statistics({**row, "share_positive": row["active_share"]}),
+        _bins(*(bins.column(c).to_numpy() for c in ("low", "high", "n"))),
+        side("window"),
+        (row_ids[ascending], values[ascending]),
         lambda ids: factors.scores(ids)[:, factor],
         "the scores; null at rows that the result does not have",
     )

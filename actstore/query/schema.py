@@ -74,7 +74,18 @@ _EXEMPLAR = _columns(
     ("position", "INTEGER", "position of the row in its window"),
     ("token_id", "INTEGER", "token of the row; see `vocabulary`"),
 )
+_QUANTILES = tuple(
+    (f"q{q}_{end}", "DOUBLE", f"{end} end of the histogram bin of the {q} % quantile")
+    for q in ("01", "05", "25", "50", "75", "95", "99")
+    for end in ("low", "high")
+)
 _FACTOR = Column("factor", "INTEGER", "number of the factor, from 0")
+_PLACE = Column("rank", "INTEGER", "place by the mean, from 1; those of fewer than 5 rows last")
+_ON_GROUP = _columns(
+    ("n", "BIGINT", "rows of it that have scores"),
+    ("mean", "DOUBLE", "mean score on them"),
+    ("share", "DOUBLE", "share of the factor's energy, of its squared scores, that lies there"),
+)
 
 VIEWS: Mapping[str, View] = {
     "documents": View(
@@ -142,11 +153,7 @@ VIEWS: Mapping[str, View] = {
             ("share_positive", "DOUBLE", "share of rows above zero"),
             ("skewness", "DOUBLE", "third standardised moment"),
             ("kurtosis", "DOUBLE", "fourth standardised moment, less 3"),
-            *(
-                (f"q{q}_{end}", "DOUBLE", f"{end} end of the histogram bin of the {q} % quantile")
-                for q in ("01", "05", "25", "50", "75", "95", "99")
-                for end in ("low", "high")
-            ),
+            *_QUANTILES,
             ("energy", "DOUBLE", "sum of squares"),
             ("energy_positive", "DOUBLE", "sum of squares of the values above zero"),
             ("other_n", "BIGINT", "special and first rows"),
@@ -172,8 +179,33 @@ VIEWS: Mapping[str, View] = {
         (*_SITE, Column("neuron", "INTEGER", "index of the neuron, from 0"), *_EXEMPLAR),
     ),
     "factors": View(
-        "a factor of a decomposition",
-        (*_RESULT, _FACTOR, Column("share", "DOUBLE", "share of the energy it explains")),
+        "a factor of a decomposition and the statistics of its scores, over the rows that have any",
+        (
+            *_RESULT,
+            _FACTOR,
+            *_columns(
+                ("share", "DOUBLE", "share of the energy of all sites that it explains"),
+                ("active_share", "DOUBLE", "share of rows with a score above zero"),
+                (
+                    "effective_neurons",
+                    "DOUBLE",
+                    "1 over the sum of fourth powers of its loadings",
+                ),
+                ("peak_position", "INTEGER", "position in the window with most of its energy"),
+                ("peak_position_share", "DOUBLE", "share of its energy, of squared scores, there"),
+                ("early_share", "DOUBLE", "share of its energy in positions 0 to 3"),
+                ("n", "BIGINT", "rows that have scores"),
+                ("mean", "DOUBLE", "mean score"),
+                ("std", "DOUBLE", "standard deviation, over n"),
+                ("min", "DOUBLE", "lowest score"),
+                ("max", "DOUBLE", "highest score"),
+                ("skewness", "DOUBLE", "third standardised moment"),
+                ("kurtosis", "DOUBLE", "fourth standardised moment, less 3"),
+                *_QUANTILES,
+                ("energy", "DOUBLE", "sum of squared scores"),
+                ("energy_positive", "DOUBLE", "sum of squares of the scores above zero"),
+            ),
+        ),
         "factors",
     ),
     "loadings": View(
@@ -188,9 +220,58 @@ VIEWS: Mapping[str, View] = {
         "loadings",
     ),
     "factor_exemplars": View(
-        "a row among the highest scores of a factor",
-        (*_RESULT, _FACTOR, *_EXEMPLAR),
+        "a row that shows what a factor responds to: of its highest scores, or drawn",
+        (
+            *_RESULT,
+            _FACTOR,
+            Column(
+                "side",
+                "VARCHAR",
+                "'top' for the highest scores, 'window' one a window, 'bottom' the lowest where "
+                "scores have both signs, 'quantile' of a quantile bin, 'random' a uniform sample",
+            ),
+            *_EXEMPLAR[1:],
+            Column("bin", "INTEGER", "quantile bin, from 1; NULL on other sides"),
+        ),
         "factor_exemplars",
+    ),
+    "factor_positions": View(
+        "a position of the window, and how high a factor is there",
+        (*_RESULT, _FACTOR, Column("position", "INTEGER", "index in the window"), *_ON_GROUP),
+        "factor_positions",
+    ),
+    "factor_documents": View(
+        "a document, and how high a factor is in it; of each factor the 500 with the highest mean "
+        "and the 500 with the largest share",
+        (*_RESULT, _FACTOR, _PLACE, Column("document", "BIGINT", "the document"), *_ON_GROUP),
+        "factor_documents",
+    ),
+    "factor_tokens": View(
+        "a token type, and how high a factor is on it; of each factor the 100 with the highest "
+        "mean and the 100 with the largest share",
+        (
+            *_RESULT,
+            _FACTOR,
+            _PLACE,
+            Column("token_id", "INTEGER", "the token type; see `vocabulary`"),
+            *_ON_GROUP,
+            Column("lift", "DOUBLE", "that mean over the factor's mean on all rows"),
+        ),
+        "factor_tokens",
+    ),
+    "factor_histograms": View(
+        "a bin of the histogram of a factor's scores; the bins are those of `histograms`",
+        (
+            *_RESULT,
+            _FACTOR,
+            *_columns(
+                ("bin", "INTEGER", "number of the bin, 0 to 255; bins ascend with the score"),
+                ("low", "FLOAT", "least score of the bin"),
+                ("high", "FLOAT", "greatest score of the bin; infinite in the last of each sign"),
+                ("n", "BIGINT", "rows in it"),
+            ),
+        ),
+        "factor_histograms",
     ),
     "factor_sites": View(
         "how much of a factor lies at a site",

@@ -64,6 +64,7 @@ class ResultWriter:
         self._lock = _lock(root, kind, name)
         self._provenance = dict(provenance)
         self._files: dict[str, FileFacts] = {}
+        self._open_tables: dict[str, durable.TableWriter] = {}
 
     def __enter__(self) -> ResultWriter:
         self._lock.__enter__()
@@ -78,6 +79,8 @@ class ResultWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for table in self._open_tables.values():
+            table.abandon()
         if self._folder.exists():
             shutil.rmtree(self._folder)
         self._lock.__exit__(kind, error, trace)
@@ -87,6 +90,13 @@ class ResultWriter:
         self._files[f"{name}.parquet"] = durable.write_table(
             self._folder / f"{name}.parquet", table
         )
+
+    def append_table(self, name: str, table: pa.Table) -> None:
+        """Write rows of ``<name>.parquet`` behind those written before; all of the same columns."""
+        if name not in self._open_tables:
+            path = self._folder / f"{name}.parquet"
+            self._open_tables[name] = durable.TableWriter(path, table.schema)
+        self._open_tables[name].write(table)
 
     def write_array(self, name: str, values: npt.NDArray[Any]) -> None:
         """Write a matrix of at most a few thousand rows as a Zarr array of one shard."""
@@ -114,6 +124,9 @@ class ResultWriter:
         ResultExists
             If another process took the name meanwhile.
         """
+        for name, table in self._open_tables.items():
+            self._files[f"{name}.parquet"] = table.finish()
+        self._open_tables.clear()
         document = {
             "kind": self.kind,
             "name": self.name,
@@ -209,10 +222,11 @@ class Result:
         self._verifier.check({name: self.files[name]})
         return ShardLayout.from_zarr_metadata(durable.read_json(self.path / name))
 
-    def table(self, name: str) -> pa.Table:
-        """Return one of its tables."""
+    def table(self, name: str, **only: int | str) -> pa.Table:
+        """Return one of its tables, or the rows of it whose columns have the given values."""
         self._verifier.check({f"{name}.parquet": self.files[f"{name}.parquet"]})
-        return pq.read_table(self.path / f"{name}.parquet")
+        filters = [(column, "=", value) for column, value in only.items()] or None
+        return pq.read_table(self.path / f"{name}.parquet", filters=filters)
 
     def array(self, name: str, rows: int) -> npt.NDArray[np.float32]:
         """Return the first `rows` rows of one of its single-shard arrays."""

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from actstore.decompose.exemplars import Exemplars
 
 from actstore.decompose.codes import descend, solve_codes
-from actstore.decompose.exemplars import Exemplars
 
 
 @pytest.mark.parametrize("k", [1, 7, 64])

@@ -82,8 +82,13 @@ def test_top_tokens_carry_their_text(store, factors):
             r"site = 'mlp_post.0' is not part of factors 'nmf-1",
         ),
         (lambda f: f.top_neurons(3), r"factor = 3 is not in 'nmf-1'; expected 0 … 2"),
-        (lambda f: f.top_tokens(0, 101), r"k = 101 exemplars were asked for; expected 1 … 100"),
-        (lambda f: f.table("tops"), r"table = 'tops' is unknown; expected one of factor_exemplars"),
+        (
+            lambda f: f.top_tokens(0, 101, "window"),
+            r"k = 101 exemplars of side 'window' were asked for; expected 1 … 100",
+        ),
+        (lambda f: f.top_tokens(0, 2, "left"), r"side = 'left' is unknown; expected one of quanti"),
+        (lambda f: f.top_documents(0, by="n"), r"by = 'n' is unknown; expected 'mean' or 'share'"),
+        (lambda f: f.table("tops"), r"table = 'tops' is unknown; expected one of factor_documents"),
     ],
 )
 def test_arguments_are_refused(factors, call, message):
