@@ -453,9 +453,11 @@ def top(
 @budget_option
 @format_option
 def nmf(store: Path, form: str | None, components: int, scale: str, **options: Any) -> None:
-    """Factorise sites of STORE as one non-negative matrix, out of core."""
+    """Factorise sites of STORE as one non-negative matrix, out of core.
+
+    A terminal shows the factors in brief; a pipe gets the table factors.
+    """
     import actstore
-    from actstore.query import Answer
 
     with Bars() as progress:
         factors = actstore.open(store).nmf(
@@ -464,8 +466,20 @@ def nmf(store: Path, form: str | None, components: int, scale: str, **options: A
             progress=progress,
             **options,
         )
-    click.echo(str(factors), err=True)
-    echo(Answer(factors.table("factors")), form)
+    _echo_factors(factors, form)
+
+
+def _echo_factors(factors: Any, form: str | None) -> None:
+    """Print factors in brief, or their table as data and how good they are on stderr."""
+    from actstore.query import Answer
+    from actstore.view import factor_table, headline
+
+    if (form or ("table" if _is_terminal() else "json")) == "table":
+        click.echo(_shown(headline(factors)))
+        echo(factor_table(factors), "table")
+    else:
+        click.echo(_shown(headline(factors)), err=True)
+        echo(Answer(factors.table("factors")), form)
 
 
 @main.command(epilog=example("actstore similarity actstore-demo/store --sites mlp_post"))

@@ -1,5 +1,6 @@
 """Capture: a corpus through a model, once, into a store."""
 
+from actstore.capturing.alike import capture_alike
 from actstore.capturing.compact import compact
 from actstore.capturing.estimate import Estimate, run_estimate
 from actstore.capturing.plan import ORDERS, Limits
@@ -19,6 +20,7 @@ __all__ = [
     "Settings",
     "Timing",
     "Verification",
+    "capture_alike",
     "compact",
     "model_of",
     "run_capture",

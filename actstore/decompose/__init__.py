@@ -3,6 +3,7 @@
 from actstore.decompose.factors import Factors
 from actstore.decompose.loader import Batch, Loader
 from actstore.decompose.nmf import nmf
+from actstore.decompose.project import Projection, project
 from actstore.decompose.shuffle import shuffle
 from actstore.decompose.similarity import MEASURES, Similarity, similarity
 
@@ -11,8 +12,10 @@ __all__ = [
     "Batch",
     "Factors",
     "Loader",
+    "Projection",
     "Similarity",
     "nmf",
+    "project",
     "shuffle",
     "similarity",
 ]

@@ -117,6 +117,8 @@ class Profiles:
     ) -> None:
         self._store, self._rows, self._space, self._groups = store, rows, space, groups
         self._n_factors = n_factors
+        # Of all rows: a sum over groups would round otherwise for other lots of factors.
+        self._whole = _Sums.zero(1, n_factors)
         self._positions = _Sums.zero(len(groups.position_rows), n_factors)
         self._tokens = _Sums.zero(len(groups.token_ids), n_factors)
         none = np.empty(0, np.int64)
@@ -129,6 +131,7 @@ class Profiles:
         Segments come in ascending order, each once.
         """
         position, token, document = group_columns(self._store, self._rows, self._space, segment)
+        self._whole.add(scores, np.zeros_like(position))
         self._positions.add(scores, position)
         self._tokens.add(scores, np.searchsorted(self._groups.token_ids, token))
         numbers, which = np.unique(document, return_inverse=True)
@@ -150,8 +153,7 @@ class Profiles:
     @property
     def position_shares(self) -> Float64:
         """The share of each factor's energy at each position, ``(n_positions, n_factors)``."""
-        squares = self._positions.squares
-        shares: Float64 = squares / np.maximum(squares.sum(0), _TINY)
+        shares: Float64 = self._positions.squares / np.maximum(self._whole.squares[0], _TINY)
         return shares
 
     def tables(self, first_factor: int, one_sided: bool) -> dict[str, pa.Table]:
@@ -181,8 +183,8 @@ class Profiles:
             "mean": (self._positions.values[some] / n[some, None]).T.ravel(),
             "share": self.position_shares[some].T.ravel(),
         }
-        energies = self._positions.squares.sum(0)
-        means = self._positions.values.sum(0) / max(1, int(n.sum()))
+        energies = self._whole.squares[0]
+        means = self._whole.values[0] / max(1, int(n.sum()))
         documents, tokens = [], []
         for j, factor in enumerate(numbers.tolist()):
             both = [

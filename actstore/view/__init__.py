@@ -1,5 +1,6 @@
 """Views of results in notebooks and as single HTML files, and notebooks that show them."""
 
+from actstore.view.factor_table import factor_table, headline
 from actstore.view.factors import factor_view
 from actstore.view.notebook import factors_notebook, similarity_notebook, to_notebook
 from actstore.view.page import View
@@ -10,8 +11,10 @@ __all__ = [
     "Factors",
     "Similarity",
     "View",
+    "factor_table",
     "factor_view",
     "factors_notebook",
+    "headline",
     "similarity_notebook",
     "similarity_view",
     "to_notebook",

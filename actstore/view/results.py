@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from actstore import decompose
+from actstore.capturing import capture_alike
+from actstore.decompose import Projection
+from actstore.query import Condition, Database
+from actstore.store import Rows
+from actstore.view.factor_table import factor_table, headline
 from actstore.view.factors import factor_view
 from actstore.view.notebook import factors_notebook, similarity_notebook
 from actstore.view.page import View
@@ -36,6 +44,73 @@ class Factors(decompose.Factors):
             If no document is asked for, or the store has none of that number.
         """
         return factor_view(self.store, self, document, max_documents)
+
+    def __repr__(self) -> str:
+        return f"{headline(self)}\n{factor_table(self)!r}"
+
+    def project(
+        self,
+        rows: Rows | str | npt.ArrayLike = "content",
+        *,
+        budget: int | str | None = None,
+    ) -> Projection:
+        """Return the scores of rows of the store, whether the factors were made from them or not.
+
+        Parameters
+        ----------
+        rows : str, Rows or sequence of int, default "content"
+            Row ids, in any order; ``"content"``, ``"all"``, or an SQL condition on tokens and
+            documents: as far as they are stored, in row order.
+        budget : int or str, optional
+            Memory it may take.
+
+        See Also
+        --------
+        actstore.decompose.project : cost, errors.
+        """
+        if isinstance(rows, str) and rows not in ("content", "all"):
+            space = self.sites[0].site.space
+            rows = Condition(Database(self.store), self.store, rows, space, "rows").rows()
+        return decompose.project(self, rows, budget=budget)
+
+    def transform(
+        self,
+        text: str | Iterable[str],
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: str = "auto",
+        budget: int | str | None = None,
+    ) -> Projection:
+        """Return the scores of new text: captured as the store was, into a temporary store.
+
+        One forward pass of the text, and one read of what it gives.
+
+        Parameters
+        ----------
+        text : str or iterable of str
+            Documents.
+        model, tokenizer, device
+            The model the store was captured from; default where its name in the store leads.
+        budget : int or str, optional
+            Peak memory beyond the model.
+
+        Returns
+        -------
+        Projection
+            Content rows of the documents, which are numbered from 0 in the order given: ``.df()``
+            has token, document and position beside the scores.
+
+        Raises
+        ------
+        ModelError, StoreMismatch
+            If the model cannot be loaded, or is another.
+        """
+        sites = [info.site for info in self.sites]
+        options = {"model": model, "tokenizer": tokenizer, "device": device, "budget": budget}
+        store = capture_alike(self.store, text, sites, **options)
+        rule = "all" if self.summary["rows"] == "all" else "content"
+        return decompose.project(self, rule, store=store, budget=budget)
 
     def to_html(
         self,
