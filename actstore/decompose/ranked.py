@@ -82,6 +82,16 @@ class RankedRows:
             for info in self._infos
         ]
 
+    def row_ids(self, ranks: Ids) -> Ids:
+        """Return the row_id of each of some ranks, in any order."""
+        number = np.searchsorted(self.edges, ranks, side="right") - 1
+        row_ids = np.empty(len(ranks), dtype=np.int64)
+        for n in np.unique(number).tolist():
+            here, segment = number == n, self._segments[n]
+            offsets = self._rows.offsets(segment)[ranks[here] - self.edges[n]]
+            row_ids[here] = segment * self._rows.segment_rows + offsets
+        return row_ids
+
     def read(
         self,
         ranks: Ids,

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ from actstore.site import Site, summarize
 from actstore.store import CoreStore, Rows, SiteInfo
 
 Ids = npt.NDArray[np.int64]
+
+Range = list[Ids]
+"""Blocks of rows, by rank: what one task of an engine works on."""
 
 BLOCK_ROWS = 512
 """Rows of a block: it stays in the processor's cache, where a product with it is fastest."""
@@ -87,12 +91,16 @@ class Scan:
         reserved_bytes: int = 0,
         seed: int = 0,
     ) -> None:
+        self.store = store
+        """The store."""
         self.ranked = RankedRows(store, infos, rows)
         """What reads the rows; it counts its reads."""
+        self.budget_bytes = budget_bytes
+        """Memory the scan and its caller may take."""
+        self.reserved_bytes = reserved_bytes
+        """What of it the caller needs."""
         self._seed = seed
         self._free_bytes = budget_bytes - reserved_bytes - _OVERHEAD_BYTES
-        self._budget_bytes = budget_bytes
-        self._reserved_bytes = reserved_bytes
         edges = np.cumsum([0] + [info.width for info in infos]).tolist()
         self.columns: dict[Site, slice] = {
             info.site: slice(a, b)
@@ -106,13 +114,43 @@ class Scan:
 
     # -- orders --------------------------------------------------------------------------------
 
+    def ordered_ranges(self, block_rows: int = BLOCK_ROWS) -> Iterator[Range]:
+        """Return every row once, in row order: a range is a segment, whole."""
+        for first, last in itertools.pairwise(self.ranked.edges.tolist()):
+            starts = range(first, last, block_rows)
+            yield [np.arange(start, min(start + block_rows, last)) for start in starts]
+
+    def mixed_ranges(
+        self,
+        block_rows: int = BLOCK_ROWS,
+        *,
+        range_blocks: int = 1,
+        run_rows: int = RUN_ROWS,
+        epoch: int = 0,
+        limit: int | None = None,
+    ) -> Iterator[Range]:
+        """Return every row once, mixed; all blocks but the last have `block_rows` rows.
+
+        Parameters
+        ----------
+        block_rows : int, default 512
+            Rows of a block.
+        range_blocks : int, default 1
+            Blocks of a range; the last may have fewer.
+        run_rows : int, default 32
+            Rows that are read together.  With 1, blocks are random samples without replacement.
+        epoch : int, default 0
+            Each epoch has another order.
+        limit : int, optional
+            Serve about so many rows only, a random choice of runs.
+        """
+        blocks = self._deal(block_rows, run_rows, epoch, limit)
+        while chosen := list(itertools.islice(blocks, range_blocks)):
+            yield chosen
+
     def ordered(self, block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
         """Serve every row once, in row order; no block spans two segments."""
-        blocks = (
-            np.arange(start, min(start + block_rows, last))
-            for first, last in itertools.pairwise(self.ranked.edges.tolist())
-            for start in range(first, last, block_rows)
-        )
+        blocks = itertools.chain.from_iterable(self.ordered_ranges(block_rows))
         return self._serve(blocks, block_rows)
 
     def mixed(
@@ -123,19 +161,7 @@ class Scan:
         epoch: int = 0,
         limit: int | None = None,
     ) -> Iterator[Block]:
-        """Serve every row once, mixed; all blocks but the last have `block_rows` rows.
-
-        Parameters
-        ----------
-        block_rows : int, default 512
-            Rows of a block.
-        run_rows : int, default 32
-            Rows that are read together.  With 1, blocks are random samples without replacement.
-        epoch : int, default 0
-            Each epoch has another order.
-        limit : int, optional
-            Serve about so many rows only, a random choice of runs.
-        """
+        """Serve every row once, mixed, as `mixed_ranges` deals them."""
         return self._serve(self._deal(block_rows, run_rows, epoch, limit), block_rows)
 
     def sample(self, n_rows: int, block_rows: int = BLOCK_ROWS) -> Sample:
@@ -164,8 +190,15 @@ class Scan:
 
     # -- reading -------------------------------------------------------------------------------
 
-    def rows_at_once(self, block_rows: int) -> int:
+    def rows_at_once(self, block_rows: int, n_served: int = 1) -> int:
         """Return how many rows are read at once so that all fits the budget.
+
+        Parameters
+        ----------
+        block_rows : int
+            Rows of a block.
+        n_served : int, default 1
+            How many `Serving` there are at a time.
 
         Raises
         ------
@@ -175,43 +208,41 @@ class Scan:
         # A block's float32 values; the stored ones it is made from, and as many read ahead.
         values_bytes = 4 * block_rows * self.width
         stored_bytes = 2 * block_rows * self.ranked.row_bytes
-        spare = self._free_bytes - values_bytes
+        spare = self._free_bytes // n_served - values_bytes
         if spare < stored_bytes:
-            needed = self._budget_bytes - spare + stored_bytes
+            needed = self.budget_bytes + n_served * (stored_bytes - spare)
             raise BudgetExceeded(
                 f"{summarize(self.columns)} ({self.width:,} neurons) needs at least {needed:,} "
-                f"bytes in blocks of {block_rows} rows ({self._reserved_bytes:,} of them for the "
-                f"result), and the budget is {self._budget_bytes:,}. Pass budget={needed} or "
+                f"bytes in blocks of {block_rows} rows ({self.reserved_bytes:,} of them for the "
+                f"result), and the budget is {self.budget_bytes:,}. Pass budget={needed} or "
                 "more, or fewer sites."
             )
         return min(spare // stored_bytes * block_rows, max(_AHEAD_ROWS, block_rows))
 
+    def n_served(self, block_rows: int, wanted: int) -> int:
+        """Return how many `Serving` at a time the budget allows, one at least."""
+        block_bytes = block_rows * (4 * self.width + 2 * self.ranked.row_bytes)
+        return max(1, min(wanted, self._free_bytes // block_bytes))
+
+    def serve(self, blocks: Iterable[Ids], at_once: int, readers: Executor) -> Serving:
+        """Return blocks of given ranks, to be gone through once.
+
+        Parameters
+        ----------
+        blocks : iterable of ndarray of int64
+            The ranks of each block.
+        at_once : int
+            Rows to read at once, from `rows_at_once`.
+        readers : Executor
+            What reads ahead.
+        """
+        return Serving(self, blocks, at_once, readers)
+
     def _serve(self, blocks: Iterable[Ids], block_rows: int) -> Iterator[Block]:
         """Yield the blocks with the given ranks, reading some ahead in a thread."""
         at_once = self.rows_at_once(block_rows)
-        out = torch.empty((min(block_rows, self.n_rows), self.width))
-        # Reused, since fresh memory costs more than what is done with it.
-        buffers, ahead = (self.ranked.empty(min(at_once, self.n_rows)) for _ in range(2))
-        pieces = _pieces(blocks, at_once)
         with ThreadPoolExecutor(1, "actstore-scan") as thread:
-
-            def read(piece: list[Ids], memory: list[npt.NDArray[Any]]) -> Future[Ids]:
-                ranks = np.concatenate(piece)
-                return thread.submit(self.ranked.read, ranks, [[array] for array in memory])
-
-            piece = next(pieces, None)
-            reading = piece and read(piece, ahead)
-            while piece and reading:
-                row_ids = reading.result()
-                buffers, ahead = ahead, buffers
-                following = next(pieces, None)
-                if following:
-                    reading = read(following, ahead)
-                done = 0
-                for ranks in piece:
-                    yield self._block(buffers, row_ids, done, len(ranks), out)
-                    done += len(ranks)
-                piece = following
+            yield from self.serve(blocks, at_once, thread)
 
     def _block(
         self,
@@ -239,6 +270,46 @@ class Scan:
             )
             value, row_id = float(block.values[row, column]), int(block.row_ids[row])
             raise self.ranked.non_finite(site, value, row_id, column - columns.start)
+
+
+class Serving:
+    """Blocks of given ranks, in order; some are read ahead from the moment it is made."""
+
+    def __init__(self, scan: Scan, blocks: Iterable[Ids], at_once: int, readers: Executor) -> None:
+        self._scan = scan
+        self._pieces = _pieces(blocks, at_once)
+        self._readers = readers
+        # Memory is reused, since fresh memory costs more than what is done with it.
+        self._free: list[list[npt.NDArray[Any]]] = []
+        self._out = torch.empty((0, scan.width))
+        self._ahead: deque[tuple[list[Ids], list[npt.NDArray[Any]], Future[Ids]]] = deque()
+        self._read_next()
+
+    def _read_next(self) -> None:
+        piece = next(self._pieces, None)
+        if piece is None:
+            return
+        ranks = np.concatenate(piece)
+        memory = self._free.pop() if self._free else []
+        if not memory or len(memory[0]) < len(ranks):
+            memory = self._scan.ranked.empty(len(ranks))
+        out = [[array] for array in memory]
+        self._ahead.append(
+            (piece, memory, self._readers.submit(self._scan.ranked.read, ranks, out))
+        )
+
+    def __iter__(self) -> Iterator[Block]:
+        while self._ahead:
+            piece, memory, reading = self._ahead.popleft()
+            row_ids = reading.result()
+            self._read_next()
+            done = 0
+            for ranks in piece:
+                if len(self._out) < len(ranks):
+                    self._out = torch.empty((len(ranks), self._scan.width))
+                yield self._scan._block(memory, row_ids, done, len(ranks), self._out)
+                done += len(ranks)
+            self._free.append(memory)
 
 
 class Sample:
