@@ -25,13 +25,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from actstore.decompose.scan import Block, Ids, Range, Scan, Serving
+from actstore.decompose.scan import AS_FLOAT32, BLOCK_ROWS, Block, Form, Ids, Range, Scan, Serving
 from actstore.errors import ActstoreError, BudgetExceeded, StoreNotFound
 from actstore.store import CoreStore, Rows
 
@@ -119,6 +119,7 @@ class Engine:
         work: Work,
         ranges: Sequence[Range],
         *,
+        form: Form = AS_FLOAT32,
         at_once: int = 1,
         progress: Callable[[int], None] | None = None,
     ) -> Sums:
@@ -132,6 +133,8 @@ class Engine:
             What a range adds.
         ranges : sequence of Range
             One or more, from `Scan.ordered_ranges` or `Scan.mixed_ranges`.
+        form : Form, optional
+            How the values of blocks are wanted; float32 as they are by default.
         at_once : int, default 1
             Ranges to work on at a time in this process, if the budget allows; each has its sums.
             With 1 every product has all cores.
@@ -147,7 +150,7 @@ class Engine:
         StoreNotFound
             If a worker does not see the store.
         """
-        with self.steps(scan, [ranges], at_once=at_once, progress=progress) as steps:
+        with self.steps(scan, [ranges], form=form, at_once=at_once, progress=progress) as steps:
             return steps.total(work)
 
     def steps(
@@ -155,13 +158,14 @@ class Engine:
         scan: Scan,
         steps: Iterable[Sequence[Range]],
         *,
+        form: Form = AS_FLOAT32,
         at_once: int = 1,
         progress: Callable[[int], None] | None = None,
     ) -> Steps:
         """Return what runs one step after the other, as `total` would; to be entered."""
         if self._client is None:
-            return _Here(scan, steps, at_once, progress)
-        return _OnDask(self._client, self._budget_bytes, scan, steps, progress)
+            return _Here(scan, steps, form, at_once, progress)
+        return _OnDask(self._client, self._budget_bytes, scan, steps, form, progress)
 
 
 class Steps(Protocol):
@@ -190,10 +194,12 @@ class _Here:
         self,
         scan: Scan,
         steps: Iterable[Sequence[Range]],
+        form: Form,
         at_once: int,
         progress: Callable[[int], None] | None,
     ) -> None:
         self._scan = scan
+        self._form = form
         self._progress = progress
         self._steps = ((number, range_) for number, step in enumerate(steps) for range_ in step)
         self._number = 0
@@ -203,7 +209,7 @@ class _Here:
         served = scan.n_served(block_rows, at_once + 1)
         self._at_once = max(1, min(at_once, served - 1))
         self._n_served = max(1, served)
-        self._rows = scan.rows_at_once(block_rows, self._n_served)
+        self._rows = min(scan.rows_at_once(block_rows, self._n_served), max(block_rows, BLOCK_ROWS))
         self._opened: deque[tuple[int, int, Serving]] = deque()
 
     def __enter__(self) -> Self:
@@ -224,7 +230,7 @@ class _Here:
         self._first = None
         if following:
             number, blocks = following
-            serving = self._scan.serve(blocks, self._rows, self._readers)
+            serving = self._scan.serve(blocks, self._rows, self._readers, self._form)
             self._opened.append((number, sum(map(len, blocks)), serving))
 
     def total(self, work: Work) -> Sums:
@@ -274,6 +280,8 @@ class Order:
     sites: tuple[str, ...]
     budget_bytes: int
     reserved_bytes: int
+    dtype: Literal["float32", "bfloat16"]
+    clip: bool
 
 
 class _OnDask:
@@ -285,6 +293,7 @@ class _OnDask:
         budget_bytes: int | None,
         scan: Scan,
         steps: Iterable[Sequence[Range]],
+        form: Form,
         progress: Callable[[int], None] | None,
     ) -> None:
         self._client = client
@@ -296,6 +305,7 @@ class _OnDask:
             tuple(str(site) for site in scan.columns),
             budget_bytes or scan.budget_bytes,
             scan.reserved_bytes,
+            *form,
         )
 
     def __enter__(self) -> Self:
@@ -452,7 +462,7 @@ def run_task(order: Order, ranges: list[list[Ids]], work: Work) -> Outcome:
             reserved_bytes=order.reserved_bytes,
         )
         own = [[np.searchsorted(ids, block) for block in blocks] for blocks in ranges]
-        sums = Engine.local().total(scan, work, own)
+        sums = Engine.local().total(scan, work, own, form=Form(order.dtype, order.clip))
         return _outcome(sums, scan.ranked.n_reads, scan.ranked.bytes_read)
     except ActstoreError as error:
         return error

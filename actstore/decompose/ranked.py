@@ -66,9 +66,9 @@ class RankedRows:
         """The first rank of each segment that holds any, and at the end how many there are."""
         self.n_rows = rows.n_rows
         """How many ranks there are."""
-        self.rule = rows.rule
+        self.rule: str = rows.rule
         """What chose the rows."""
-        self.row_bytes = sum(info.row_bytes for info in infos)
+        self.row_bytes: int = sum(info.row_bytes for info in infos)
         """Bytes of a row of all sites."""
         self.n_reads = 0
         """Reads so far."""
@@ -180,6 +180,53 @@ class RankedRows:
             "expected finite numbers. Leave the row out with rows=..., or capture again with "
             "--on-nan error to find its cause."
         )
+
+
+class KeptRows:
+    """Some rows that lie in memory, as they are stored; ranked as they were given.
+
+    Parameters
+    ----------
+    ranked : RankedRows or KeptRows
+        What reads them, now.
+    ranks : ndarray of int64
+        Their ranks there.
+    """
+
+    def __init__(self, ranked: RankedRows | KeptRows, ranks: Ids) -> None:
+        self._ranked = ranked
+        self._arrays = ranked.empty(len(ranks))
+        self._ids = ranked.read(ranks, [[array] for array in self._arrays])
+        self.edges: Ids = np.array([0, len(ranks)])
+        """All its rows count as of one segment."""
+        self.n_rows = len(ranks)
+        """How many there are."""
+        self.rule: str = ranked.rule
+        """What chose the rows they are of."""
+        self.row_bytes: int = ranked.row_bytes
+        """Bytes of a row of all sites."""
+        self.n_reads = 0
+        """Nothing is read from disk."""
+        self.bytes_read = 0
+        """Likewise."""
+
+    def empty(self, n_rows: int) -> list[npt.NDArray[Any]]:
+        """Return memory for so many rows: an array for each site."""
+        return self._ranked.empty(n_rows)
+
+    def row_ids(self, ranks: Ids) -> Ids:
+        """Return the row_id of each of some ranks, in any order."""
+        return self._ids[ranks]
+
+    def read(self, ranks: Ids, out: Sequence[Sequence[npt.NDArray[Any]]]) -> Ids:
+        """Copy rows, each to where it stands in the order given; return their row ids."""
+        for array, (target,) in zip(self._arrays, out, strict=True):
+            np.take(array, ranks, axis=0, out=target[: len(ranks)], mode="clip")
+        return self._ids[ranks]
+
+    def non_finite(self, site: Site, value: float, row_id: int, neuron: int) -> NonFiniteActivation:
+        """Return the error that a stored value is no finite number."""
+        return self._ranked.non_finite(site, value, row_id, neuron)
 
 
 def as_tensor(values: npt.NDArray[Any]) -> torch.Tensor:

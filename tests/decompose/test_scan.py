@@ -164,8 +164,8 @@ def test_a_sample_larger_than_the_budget_is_read_again(store):
         values, row_ids = gathered(sample)
         assert len(row_ids) == len(sample)
         np.testing.assert_array_equal(values, gathered(kept)[0])
-    assert again._kept is None
-    assert kept._kept is not None
+    assert not again.is_kept
+    assert kept.is_kept
 
 
 def test_what_was_read_is_counted(store):
