@@ -469,6 +469,30 @@ def nmf(store: Path, form: str | None, components: int, scale: str, **options: A
     _echo_factors(factors, form)
 
 
+@main.command(epilog=example("actstore stability actstore-demo/store demo --seeds 3"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("factors", required=False)
+@click.option("--seeds", default=5, help="Fits to each part of the documents.", show_default=True)
+@click.option("--splits", default=2, help="Disjoint parts of the documents.", show_default=True)
+@click.option("--nulls", default=2, help="Fits to permuted neurons.", show_default=True)
+@click.option("--seed", default=0, help="Which documents are together.", show_default=True)
+@click.option("--name", help="Name of the result; never overwritten.")
+@budget_option
+@format_option
+def stability(store: Path, factors: str | None, form: str | None, **options: Any) -> None:
+    """Fit FACTORS of STORE again, by seeds and on parts of the documents; say which come back.
+
+    FACTORS is the name of an nmf result, by default the newest.
+    """
+    import actstore
+    from actstore.query import Answer
+
+    with Bars() as progress:
+        found = actstore.open(store).factors(factors).stability(progress=progress, **options)
+    click.echo(_shown(found), err=True)
+    echo(Answer(found.to_arrow()), form)
+
+
 def _echo_factors(factors: Any, form: str | None) -> None:
     """Print factors in brief, or their table as data and how good they are on stderr."""
     from actstore.query import Answer

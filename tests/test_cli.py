@@ -57,12 +57,19 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
     (count,) = lines(run("sql", store, "SELECT count(*) n FROM tokens"))
     assert count["n"] > 0
     assert len(run("nmf", store, "--components", 2, "--name", "two").stdout.splitlines()) == 2
+    brief = run("nmf", store, "--components", 2, "--name", "brief", "--format", "table").stdout
+    assert "brief: 2 factors of mlp_post" in brief
+    assert "KKT residual" in brief
+    again = run("stability", store, "two", "--seeds", 2, "--nulls", 1)
+    assert [row["factor"] for row in lines(again)] == [0, 1]
+    assert "of 2 factors of 'two' are stable" in again.stderr
     assert "site_a" in run("similarity", store, "--format", "csv", "--tolerance", 0.5).output
     for name in ("factors.html", "similarity.html"):
         run("export", store, name.split(".")[0], "--to", tmp_path / name)
         assert (tmp_path / name).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     (info,) = lines(run("info", store))
-    assert info["results"] == ["nmf/two", "similarity/similarity-1"]
+    made = ["nmf/two", "nmf/brief", "stability/stability-1", "similarity/similarity-1"]
+    assert info["results"] == made
     run("finish", store)
 
 

@@ -6,6 +6,7 @@ from actstore.decompose.nmf import nmf
 from actstore.decompose.project import Projection, project
 from actstore.decompose.shuffle import shuffle
 from actstore.decompose.similarity import MEASURES, Similarity, similarity
+from actstore.decompose.stability import Stability, stability
 
 __all__ = [
     "MEASURES",
@@ -14,8 +15,10 @@ __all__ = [
     "Loader",
     "Projection",
     "Similarity",
+    "Stability",
     "nmf",
     "project",
     "shuffle",
     "similarity",
+    "stability",
 ]

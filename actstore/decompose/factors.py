@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from actstore.errors import ArgumentError, RowNotFound
 from actstore.folds import TopK
 from actstore.site import Site, summarize
-from actstore.store import CoreStore, Result, SiteInfo
+from actstore.store import CoreStore, Result, Rows, SiteInfo
 from actstore.store.budget import as_count
 from actstore.store.rows import as_row_ids
 
@@ -124,6 +125,16 @@ class Factors:
         """The segments that have scores, ascending."""
         parts = [name.split("/") for name in self.result.files]
         return sorted(int(p[2]) for p in parts if p[:2] == ["scores", "c"])
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows that have scores; found by reading these, on first use."""
+
+        def masks() -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+            for segment in self.segments:
+                yield segment, ~np.isnan(self.scores_of_segment(segment)[:, 0])
+
+        return Rows.from_masks(self.summary["rows"], self.store.meta.segment_rows, masks())
 
     def scores_of_segment(self, segment: int) -> npt.NDArray[np.float32]:
         """Return the scores of a segment, ``(rows, k)``; NaN at rows that were not chosen.

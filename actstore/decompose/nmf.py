@@ -207,6 +207,12 @@ def nmf(
     return Factors(store, result)
 
 
+def find_loadings(matrix: Matrix, n_components: int, seed: int, passes: int) -> torch.Tensor:
+    """Return loadings of unit length, ``(k, width)``, without scores: the start, online passes."""
+    start = nndsvda(matrix, matrix.scan.sample(_SAMPLE_ROWS), n_components, seed)
+    return _online_passes(matrix, start, passes, _Clock(None))[0]
+
+
 def _reserved_bytes(n_components: int, n_neurons: int, store: CoreStore) -> int:
     """Return what the factorisation needs beside the blocks, at its hungriest.
 

@@ -24,6 +24,7 @@ from actstore.store import CoreStore, Rows, SiteCounts, SiteInfo
 Ids = npt.NDArray[np.int64]
 
 _CHECK_ROWS = 256  # looked through for NaN at once
+_TURNED_COLUMNS = 64  # copied at once
 
 
 class RankedRows:
@@ -223,6 +224,24 @@ class KeptRows:
         for array, (target,) in zip(self._arrays, out, strict=True):
             np.take(array, ranks, axis=0, out=target[: len(ranks)], mode="clip")
         return self._ids[ranks]
+
+    def turn_columns(self, rng: np.random.Generator) -> None:
+        """Turn every column by an amount of its own, so that a row holds values of many rows.
+
+        No two columns are turned alike unless there are more of them than rows.  Row ids name no
+        rows any more.
+        """
+        width = sum(array.shape[1] for array in self._arrays)
+        turns = rng.permutation(max(width, self.n_rows))[:width] % self.n_rows
+        done = 0
+        for array in self._arrays:
+            for first in range(0, array.shape[1], _TURNED_COLUMNS):
+                some = slice(first, first + _TURNED_COLUMNS)
+                columns = np.ascontiguousarray(array[:, some].T)
+                for column, turn in zip(columns, turns[done + first :].tolist(), strict=False):
+                    column[:] = np.roll(column, turn)
+                array[:, some] = columns.T
+            done += array.shape[1]
 
     def non_finite(self, site: Site, value: float, row_id: int, neuron: int) -> NonFiniteActivation:
         """Return the error that a stored value is no finite number."""

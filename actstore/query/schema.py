@@ -283,6 +283,25 @@ VIEWS: Mapping[str, View] = {
         ),
         "factor_sites",
     ),
+    "factor_stability": View(
+        "how a factor comes back in fits from other seeds and to other documents",
+        (
+            *_RESULT,
+            Column("of_result", "VARCHAR", "name of the decomposition that the factor is of"),
+            _FACTOR,
+            *_columns(
+                ("cosine", "DOUBLE", "cosine with its match in each fit, on average"),
+                ("seed_cosine", "DOUBLE", "of its matches in two fits to the same documents"),
+                ("split_cosine", "DOUBLE", "of its matches in fits to disjoint documents"),
+                ("seed_correlation", "DOUBLE", "of the scores of the former on held-out rows"),
+                ("split_correlation", "DOUBLE", "of the scores of the latter on held-out rows"),
+                ("null_cosine", "DOUBLE", "with its match in fits to permuted neurons"),
+                ("runner_up_cosine", "DOUBLE", "highest with a factor that it was not matched to"),
+                ("stable", "BOOLEAN", "found in other documents at 0.9, and above those two"),
+            ),
+        ),
+        "factor_stability",
+    ),
     "similarity": View(
         "how alike two sites are",
         _RESULT

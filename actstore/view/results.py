@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from actstore import decompose
 from actstore.capturing import capture_alike
-from actstore.decompose import Projection
+from actstore.decompose import Projection, Stability
 from actstore.query import Condition, Database
 from actstore.store import Rows
+from actstore.store.budget import Progress
 from actstore.view.factor_table import factor_table, headline
 from actstore.view.factors import factor_view
 from actstore.view.notebook import factors_notebook, similarity_notebook
@@ -111,6 +112,26 @@ class Factors(decompose.Factors):
         store = capture_alike(self.store, text, sites, **options)
         rule = "all" if self.summary["rows"] == "all" else "content"
         return decompose.project(self, rule, store=store, budget=budget)
+
+    def stability(
+        self,
+        *,
+        seeds: int = 5,
+        splits: int = 2,
+        nulls: int = 2,
+        seed: int = 0,
+        name: str | None = None,
+        budget: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Stability:
+        """Fit again from other seeds and on other documents; say which factors come back.
+
+        See Also
+        --------
+        actstore.decompose.stability : what is compared, parameters, cost.
+        """
+        options = {"seeds": seeds, "splits": splits, "nulls": nulls, "seed": seed}
+        return decompose.stability(self, **options, name=name, budget=budget, progress=progress)
 
     def to_html(
         self,
