@@ -3,13 +3,13 @@
 from actstore.exporting.feature import (
     FORMS,
     Feature,
-    Shown,
     check_form,
     factor_feature,
     neuron_feature,
     new_json,
 )
 from actstore.exporting.slice import export_slice
+from actstore.query import Shown
 
 __all__ = [
     "FORMS",

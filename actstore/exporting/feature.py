@@ -24,9 +24,7 @@ and ``ActivationRecord``.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,76 +32,31 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from actstore.decompose import Factors
 from actstore.errors import ArgumentError
-from actstore.exporting.contexts import Context, contexts
 from actstore.exporting.files import new_file, written_aside
-from actstore.folds import Sample
-from actstore.folds.sample import SampleState, quantile_rows
+from actstore.query.content_context import Context
+from actstore.query.neuron import NeuronIndex, Replay
+from actstore.query.portrait import (
+    Column,
+    Exemplar,
+    Portrait,
+    Shown,
+    bins_of,
+    numbers,
+    statistics_of,
+)
 from actstore.site import Site
-from actstore.store import CoreStore, Generation, SiteInfo
+from actstore.store import CoreStore
 from actstore.store.budget import as_count
-from actstore.store.stored_rows import ALL, NONE, hash_rows, keep_text
+from actstore.store.stored_rows import keep_text
 
 Ids = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float32]
-Replay = Callable[[Ids], npt.NDArray[Any]]
-"""Returns the values of a site at some rows, ``(n, width)``, whether they are kept or not."""
 
 FORMS = ("neuronpedia", "neuron-record")
 """The forms a feature can be written in."""
-
-_ROWS_AT_ONCE = 512
-_NAMES = ("n", "mean", "std", "skewness", "kurtosis", "min", "max", "share_positive")
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How many rows of a neuron or factor are exported, and how much around them."""
-
-    k: int = 20
-    """Rows with the highest values, one of a window."""
-    n_bins: int = 10
-    """Quantile bins of the uniform sample."""
-    n_each: int = 2
-    """Rows from each of them."""
-    n_random: int = 20
-    """Rows drawn uniformly."""
-    before: int = 32
-    """Rows before each of them."""
-    after: int = 32
-    """Rows after each of them."""
-
-
-@dataclass(frozen=True)
-class _Column:
-    """What is known of a neuron or factor over all its rows."""
-
-    statistics: Mapping[str, Any]
-    """`_NAMES`, and the quantiles as ``q01`` … ``q99``: [low, high]."""
-    histogram: list[dict[str, float | int | None]]
-    """The bins that hold something, ascending: low, high, n."""
-    top: tuple[Ids, Values]
-    """The rows with the highest values, best first, one of a window."""
-    sample: tuple[Ids, Values]
-    """Rows drawn uniformly, ascending, and their values."""
-    values_at: Callable[[Ids], Values]
-    """Returns values at any rows, NaN where they are not known."""
-    what_is_known: str
-    """Where values around a row come from, in words."""
-
-
-@dataclass(frozen=True)
-class _Exemplar:
-    group: str
-    number: int
-    """Its place in the group, or of what quantile bin it is; from 1."""
-    row_id: int
-    value: float
-    bin: tuple[float, float, float] | None
-    """Lowest and highest value of its quantile bin, and the bin's share of the rows."""
 
 
 class Feature:
@@ -115,56 +68,17 @@ class Feature:
         space: str,
         identity: Mapping[str, Any],
         facts: Mapping[str, Any],
-        column: _Column,
+        column: Column,
         shown: Shown,
     ) -> None:
         self._identity, self._facts, self._column = identity, facts, column
-        self._quantile_edges: list[float] = []
-        self._exemplars = self._choose(shown)
-        ids = np.array([e.row_id for e in self._exemplars], np.int64)
-        self._contexts = contexts(store, ids, shown.before, shown.after, space)
-        rows = np.unique(np.concatenate([ids, *(c.row_ids for c in self._contexts)]))
-        pieces = [
-            column.values_at(rows[start : start + _ROWS_AT_ONCE])
-            for start in range(0, len(rows), _ROWS_AT_ONCE)
-        ]
-        known = np.concatenate([np.empty(0, np.float32), *pieces])
-        self._values = [known[np.searchsorted(rows, c.row_ids)] for c in self._contexts]
-        for exemplar, context, values in zip(
-            self._exemplars, self._contexts, self._values, strict=True
-        ):
-            values[context.place] = exemplar.value  # what is computed again may round otherwise
-        self.complete = not any(np.isnan(values).any() for values in self._values)
+        self._portrait = Portrait(store, space, column, shown)
+        self.complete = self._portrait.complete
         """Whether the value at every token of every context is known."""
 
-    def _choose(self, shown: Shown) -> list[_Exemplar]:
-        ids, values = self._column.top
-        found = [
-            _Exemplar("top", i + 1, row_id, value, None)
-            for i, (row_id, value) in enumerate(
-                zip(ids[: shown.k].tolist(), values[: shown.k].tolist(), strict=True)
-            )
-        ]
-        ids, values = self._column.sample
-        drawn = quantile_rows(values[:, None], ids, shown.n_bins, shown.n_each)
-        ascending = np.sort(values)
-        for b in range(shown.n_bins):
-            part = ascending[b * len(ids) // shown.n_bins : (b + 1) * len(ids) // shown.n_bins]
-            if not len(part):
-                continue
-            edges = (float(part[0]), float(part[-1]), len(part) / len(ids))
-            self._quantile_edges.append(edges[1])
-            for row_id, value in zip(
-                drawn.row_ids[0, b].tolist(), drawn.values[0, b].tolist(), strict=True
-            ):
-                if row_id >= 0:
-                    found.append(_Exemplar("quantile", b + 1, row_id, value, edges))
-        lowest = np.argsort(hash_rows(ids, Sample.seed))[: shown.n_random]
-        found += [
-            _Exemplar("random", i + 1, int(ids[j]), float(values[j]), None)
-            for i, j in enumerate(lowest.tolist())
-        ]
-        return found
+    def _in_context(self) -> Iterator[tuple[Exemplar, Context, Values]]:
+        portrait = self._portrait
+        return zip(portrait.exemplars, portrait.contexts, portrait.values, strict=True)
 
     def neuronpedia(self) -> dict[str, Any]:
         """Return the feature in the fields of Neuronpedia.
@@ -181,8 +95,7 @@ class Feature:
             "freq_hist_data_bar_values": [_middle(b["low"], b["high"]) for b in bins],
             "freq_hist_data_bar_heights": [b["n"] for b in bins],
             "activations": [
-                {**self._identity, **self._activation(*of)}
-                for of in zip(self._exemplars, self._contexts, self._values, strict=True)
+                {**self._identity, **self._activation(*of)} for of in self._in_context()
             ],
             "actstore": {
                 **self._facts,
@@ -195,13 +108,13 @@ class Feature:
             },
         }
 
-    def _activation(self, exemplar: _Exemplar, context: Context, values: Values) -> dict[str, Any]:
+    def _activation(self, exemplar: Exemplar, context: Context, values: Values) -> dict[str, Any]:
         low, high, share = exemplar.bin or (None, None, None)
         if exemplar.group == "top":
             low = high = share = -1.0  # so Neuronpedia knows the highest ones
         return {
             "tokens": context.tokens,
-            "values": _numbers(values),
+            "values": numbers(values),
             "maxValue": float(np.nanmax(values)),
             "maxValueTokenIndex": int(np.nanargmax(values)),
             "minValue": float(np.nanmin(values)),
@@ -234,18 +147,16 @@ class Feature:
                 f"{self._column.what_is_known}. Pass replay=True (--replay) to compute them, or "
                 "form='neuronpedia', which has null there."
             )
-        groups: dict[str, list[tuple[_Exemplar, dict[str, Any]]]] = {
+        groups: dict[str, list[tuple[Exemplar, dict[str, Any]]]] = {
             "top": [],
             "quantile": [],
             "random": [],
         }
-        for exemplar, context, values in zip(
-            self._exemplars, self._contexts, self._values, strict=True
-        ):
+        for exemplar, context, values in self._in_context():
             record = {
                 "dataclass_name": "ActivationRecord",
                 "tokens": context.tokens,
-                "activations": _numbers(values),
+                "activations": numbers(values),
             }
             groups[exemplar.group].append((exemplar, record))
         by_bin: dict[int, list[dict[str, Any]]] = {}
@@ -262,7 +173,7 @@ class Feature:
             },
             "random_sample": [record for _, record in groups["random"]],
             "random_sample_by_quantile": list(by_bin.values()),
-            "quantile_boundaries": self._quantile_edges[:-1],
+            "quantile_boundaries": self._portrait.quantile_edges[:-1],
             "mean": statistics["mean"],
             "variance": None if std is None else std**2,
             "skewness": statistics["skewness"],
@@ -332,18 +243,12 @@ def neuron_feature(
     ArgumentError
         If the store has no index.
     """
-    info = store.site(site)
-    neuron = store.check_neuron(info, neuron)
-    generation = store.index()
-    if generation is None:
-        raise ArgumentError(
-            f"{store.path} has no index, which statistics and exemplars are taken from. Run "
-            f"`actstore finish {store.path}`, or store.finish(), first."
-        )
+    index = NeuronIndex.of(store, site, neuron)
+    info, generation = index.info, index.generation
     identity = {
         "modelId": store.meta.model["name"],
         "layer": str(info.site),
-        "index": str(neuron),  # a string there
+        "index": str(index.neuron),  # a string there
         "hookName": _hook_name(info.site),
     }
     facts = {
@@ -356,7 +261,6 @@ def neuron_feature(
         "segments": len(generation.covers),
         "committed_segments": len(store.committed),
     }
-    index = _IndexOfNeuron(store, generation, info, neuron)
     return Feature(store, info.site.space, identity, facts, index.column(replay), shown or Shown())
 
 
@@ -375,78 +279,6 @@ def _facts(store: CoreStore) -> dict[str, Any]:
         "n_rows": store.n_rows(),
         "n_documents": store.n_documents,
     }
-
-
-@dataclass(frozen=True)
-class _IndexOfNeuron:
-    """Reads what a generation of the index holds of one neuron."""
-
-    store: CoreStore
-    generation: Generation
-    info: SiteInfo
-    neuron: int
-
-    def _file(self, kind: str, of_space: str = "") -> Path:
-        """Return a file of the site, or one that all sites of its space share."""
-        site = self.info.site
-        space = f"space={site.space}/" if site.space else ""
-        own = of_space or f"hook={site.hook}/layer={site.layer}/"
-        found = self.generation.named(f"{kind}/{space}{own}")
-        self.store.verifier.check(found)
-        return self.store.path / next(iter(found))
-
-    def column(self, replay: Replay | None) -> _Column:
-        name = f"{self.generation.folder}/neurons.parquet"
-        self.store.verifier.check({name: self.generation.files[name]})
-        mine = [("site", "=", str(self.info.site)), ("neuron", "=", self.neuron)]
-        (row,) = pq.read_table(self.store.path / name, filters=mine).to_pylist()
-        bins = pq.read_table(
-            self._file("histograms"),
-            columns=["low", "high", "n"],
-            filters=[("neuron", "=", self.neuron)],
-        )
-        lists = pq.read_table(
-            self._file("exemplars"),
-            columns=["row_id", "value", "rank"],
-            filters=[("neuron", "=", self.neuron), ("side", "=", "window")],
-        ).sort_by("rank")
-        row_ids = np.load(self._file("samples", "row_ids.npy"), allow_pickle=False)
-        values = np.load(self._file("samples"), mmap_mode="r", allow_pickle=False)
-        column = np.ascontiguousarray(values[:, self.neuron, None])
-        sample = Sample().from_arrays({"row_ids": row_ids, "values": column})
-        return _Column(
-            _statistics(row),
-            _bins(*(bins.column(c).to_numpy() for c in ("low", "high", "n"))),
-            (lists.column("row_id").to_numpy(), lists.column("value").to_numpy()),
-            _valid(sample),
-            lambda ids: self._values_at(ids, replay),
-            self._what_is_known(replay),
-        )
-
-    def _values_at(self, row_ids: Ids, replay: Replay | None) -> Values:
-        info = self.info
-        found = np.full(len(row_ids), np.nan, np.float32)
-        stored = np.full(len(row_ids), info.keep == ALL)
-        segments, offsets = np.divmod(row_ids, self.store.meta.segment_rows)
-        if info.keep not in (ALL, NONE):
-            for segment in np.unique(segments).tolist():
-                mine = segments == segment
-                kept = self.store.stored_offsets(info, segment)
-                stored[mine] = np.isin(offsets[mine], kept)
-        if stored.any():
-            found[stored] = self.store[info.site][row_ids[stored]][:, self.neuron]
-        if replay is not None and not stored.all():
-            found[~stored] = replay(row_ids[~stored])[:, self.neuron]
-        return found
-
-    def _what_is_known(self, replay: Replay | None) -> str:
-        keep = self.info.keep
-        if keep == ALL:
-            return "stored"
-        some = "" if keep == NONE else f"stored for {keep_text(keep)} of the content rows, else "
-        if replay is not None:
-            return f"{some}computed again, but for the exemplar's own"
-        return f"{some}not stored, and null, but for the exemplar's own"
 
 
 def factor_feature(factors: Factors, factor: int, shown: Shown | None = None) -> Feature:
@@ -492,7 +324,7 @@ def factor_feature(factors: Factors, factor: int, shown: Shown | None = None) ->
     return Feature(store, summary["space"], identity, facts, column, shown or Shown())
 
 
-def _column_of_factor(factors: Factors, factor: int) -> _Column:
+def _column_of_factor(factors: Factors, factor: int) -> Column:
     def rows_of(name: str) -> pa.Table:
         return factors.result.table(name, factor=factor)
 
@@ -504,50 +336,17 @@ def _column_of_factor(factors: Factors, factor: int) -> _Column:
     (row,) = rows_of("factors").to_pylist()
     row_ids, values = side("random")
     ascending = np.argsort(row_ids)
-    return _Column(
-        _statistics({**row, "share_positive": row["active_share"]}),
-        _bins(*(bins.column(c).to_numpy() for c in ("low", "high", "n"))),
+    return Column(
+        statistics_of({**row, "share_positive": row["active_share"]}),
+        bins_of(*(bins.column(c).to_numpy() for c in ("low", "high", "n"))),
         side("window"),
+        side("bottom"),
         (row_ids[ascending], values[ascending]),
         lambda ids: factors.scores(ids)[:, factor],
         "the scores; null at rows that the result does not have",
     )
 
 
-def _statistics(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return statistics by name, quantiles as [low, high] within the extremes."""
-    found: dict[str, Any] = {name: _number(row[name]) for name in _NAMES}
-    for name in row:
-        if name.endswith("_low"):
-            quantile = name.removesuffix("_low")
-            ends = np.array([row[name], row[f"{quantile}_high"]], np.float64)
-            if found["min"] is not None:  # a bin may reach beyond the values that are in it
-                ends = np.clip(ends, found["min"], found["max"])
-            found[quantile] = _numbers(ends)
-    return found
-
-
-def _bins(
-    low: npt.NDArray[Any], high: npt.NDArray[Any], n: npt.NDArray[Any]
-) -> list[dict[str, float | int | None]]:
-    ends = zip(_numbers(low), _numbers(high), n.tolist(), strict=True)
-    return [{"low": a, "high": b, "n": count} for a, b, count in ends]
-
-
 def _middle(low: float | None, high: float | None) -> float | None:
     """Return the middle of a bin; of one without an outer edge the edge it has."""
     return high if low is None else low if high is None else (low + high) / 2
-
-
-def _valid(sample: SampleState) -> tuple[Ids, Values]:
-    values = sample.values[:, 0].astype(np.float32)
-    return sample.row_ids[~np.isnan(values)], values[~np.isnan(values)]
-
-
-def _number(value: float | int | None) -> float | int | None:
-    """Return a number as JSON knows it."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _numbers(values: npt.NDArray[Any] | Sequence[float]) -> list[Any]:
-    return [_number(value) for value in np.asarray(values).tolist()]

@@ -1,10 +1,12 @@
-"""Questions to a store: SQL over its tables, the strongest rows of a neuron, text around rows."""
+"""Questions to a store: SQL over its tables, neurons and their strongest rows, text around rows."""
 
 from actstore.query.answer import Answer, is_hidden, visible
 from actstore.query.columns import Activations
 from actstore.query.condition import Condition
 from actstore.query.context import Snippet, snippets
 from actstore.query.database import Database
+from actstore.query.neuron import Kin, NeuronIndex
+from actstore.query.portrait import Portrait, Shown
 from actstore.query.schema import MACROS, VIEWS
 from actstore.query.top import Top, top
 
@@ -15,6 +17,10 @@ __all__ = [
     "Answer",
     "Condition",
     "Database",
+    "Kin",
+    "NeuronIndex",
+    "Portrait",
+    "Shown",
     "Snippet",
     "Top",
     "is_hidden",
