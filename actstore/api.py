@@ -6,7 +6,7 @@ stand behind the command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from actstore.decompose import Loader
     from actstore.exporting import Shown
     from actstore.query import Activations, Answer, Top
-    from actstore.view import Factors, Similarity
+    from actstore.view import Factors, Neuron, Similarity, View
 
 Sites = str | Site | Iterable[str | Site] | None
 Keep = str | float | Mapping[str, str | float] | None
@@ -71,6 +71,25 @@ class Store(CoreStore):
     def info(self) -> Info:
         """Return the store at a glance: model, corpus, rows, sites and their modules, results."""
         return info(self)
+
+    def view(self) -> View:
+        """Return the store at a glance, as a notebook shows it: model, corpus, sites, results."""
+        from actstore.view import overview
+
+        return overview(self)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the store at a glance as one HTML file that makes no request."""
+        return self.view().to_html(path)
+
+    def to_notebook(self, path: str | Path) -> Path:
+        """Write an executed notebook that opens the store again and shows it at a glance."""
+        from actstore.view import overview_notebook
+
+        return overview_notebook(self.path, path)
+
+    def _repr_html_(self) -> str:
+        return self.view().html
 
     def finish(self, progress: Progress | None = None) -> None:
         """Compact what is committed into the index; `capture` does so at its end.
@@ -259,6 +278,65 @@ class Store(CoreStore):
             replay=again if replay else None,
             database=self._database,
         )
+
+    def neuron(
+        self,
+        site: str | Site,
+        neuron: int,
+        *,
+        by: str = "source",
+        replay: bool = False,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: str = "auto",
+        budget: int | str | None = None,
+    ) -> Neuron:
+        """Return a neuron to be looked at: ``.view()``, ``.to_html(path)``, ``.to_notebook(path)``.
+
+        Its histogram and statistics, its exemplars in context, the factors it loads on, the neurons
+        that go with it, and its means in groups.
+
+        Parameters
+        ----------
+        site : str or Site
+            Such as ``"mlp_post.5"``.
+        neuron : int
+            Column of the site.
+        by : str, default "source"
+            What means are grouped by: SQL on the columns of tokens, and on source, n_tokens and
+            metadata of documents, such as ``"metadata->>'$.party'"``.
+        replay : bool
+            Compute the values around exemplars again where they are not stored; else only the
+            exemplar itself is marked, and the view says so.
+        model, tokenizer, device, budget
+            As for `replay`.
+
+        Raises
+        ------
+        SiteNotFound, NeuronNotFound
+            If there is no such site or neuron.
+        ArgumentError
+            If the store has no index.
+
+        See Also
+        --------
+        export_neuron : the same as JSON for other tools.
+        """
+        from actstore.view import Neuron
+
+        again = self._again(site, model, tokenizer, device, budget) if replay else None
+        return Neuron(self, site, neuron, database=self._database, replay=again, by=by)
+
+    def _again(
+        self, site: str | Site, model: Any, tokenizer: Any, device: str, budget: int | str | None
+    ) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]]:
+        """Return what computes rows of a site again."""
+
+        def computed(row_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+            options = {"model": model, "tokenizer": tokenizer, "device": device}
+            return self.replay(row_ids, site, budget=budget, **options)[self.site(site).site]
+
+        return computed
 
     def nmf(
         self,
@@ -536,13 +614,7 @@ class Store(CoreStore):
 
         check_form(form)
         path = new_json(to)
-        computed = None
-        if replay:
-
-            def computed(row_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-                options = {"model": model, "tokenizer": tokenizer, "device": device}
-                return self.replay(row_ids, site, budget=budget, **options)[self.site(site).site]
-
+        computed = self._again(site, model, tokenizer, device, budget) if replay else None
         shown = _shown(k, n_bins, n_each, n_random, before, after)
         return neuron_feature(self, site, neuron, shown, replay=computed).write(path, form)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from actstore.site import summarize
 from actstore.store.core import CoreStore
+from actstore.store.meta import SiteInfo
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def info(store: CoreStore) -> Info:
     generation = store.index()
     summaries = []
     for _, group in groupby(
-        store.meta.sites, key=lambda i: (i.site.family, i.width, i.dtype, i.side, _pattern(i))
+        store.meta.sites, key=lambda i: (i.site.family, i.width, i.dtype, i.side, module_pattern(i))
     ):
         infos = list(group)
         first = infos[0]
@@ -141,7 +142,7 @@ def info(store: CoreStore) -> Info:
                 len(infos),
                 first.width,
                 first.dtype,
-                f"{first.side} of {_pattern(first) if len(infos) > 1 else first.module}",
+                f"{first.side} of {module_pattern(first) if len(infos) > 1 else first.module}",
             )
         )
     return Info(
@@ -164,7 +165,7 @@ def info(store: CoreStore) -> Info:
     )
 
 
-def _pattern(info: Any) -> str:
+def module_pattern(info: SiteInfo) -> str:
     """Return the module's path with the layer's number as a star."""
     parts = ["*" if part == str(info.site.layer) else part for part in str(info.module).split(".")]
     return ".".join(parts)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from actstore.decompose import Factors
 from actstore.errors import ArgumentError, RowNotFound
-from actstore.query import snippets
 from actstore.store import CoreStore
 from actstore.view.documents import ShownDocument, choose, committed_windows, read
+from actstore.view.factor_detail import details, short
 from actstore.view.page import PlainTable, View
+from actstore.view.quantised import embedded, quantised
 
-_TOP_TOKENS = 8
-_EXEMPLARS = 12
-_SITES = 12
-_NEURONS = 4
 _SCALE_QUANTILE = 0.995
 """Where the colour scale ends, among the scores above 0: a few maxima would leave a page pale."""
 
@@ -33,6 +27,7 @@ def factor_view(
     max_documents: int = 50,
     *,
     max_tokens: int = 2048,
+    other: Factors | None = None,
 ) -> View:
     """Return a view of a decomposition: every factor, and texts shaded by their scores.
 
@@ -51,19 +46,23 @@ def factor_view(
         How many documents at most, where `documents` does not name them.
     max_tokens : int, default 2048
         How many tokens of a document at most, from its start; the view says where it stopped.
+    other : Factors, optional
+        Another decomposition of the same sites to compare with, by the cosine of loadings.
 
     Raises
     ------
     ArgumentError
-        If no document is asked for, a limit is below 1, or the store has no committed rows.
+        If no document is asked for, a limit is below 1, the store has no committed rows, or `other`
+        is of other sites.
     RowNotFound
         If the store has no such document.
 
     Notes
     -----
-    Scores are embedded as one byte: the square root of the score over the factor's maximum in the
-    shown documents, in 254 steps, so a small score is off by less than a large one.  The colour
-    scale is linear in the score and the same in all documents.
+    Scores are embedded as one byte: the square root of the score over the factor's largest in the
+    shown documents, in 254 steps, or 127 to either side where scores are signed, so a small score
+    is off by less than a large one.  The colour scale is linear in the score and the same in all
+    documents.
 
     See Also
     --------
@@ -76,10 +75,10 @@ def factor_view(
     chosen = choose(store, windows, documents, max_documents)
     shown = [read(store, document, windows, space, max_tokens) for document in chosen]
     scores = _scores(store, factors, np.concatenate([document.row_ids for document in shown]))
-    largest, scale = _scales(scores)
-    entries = _factors(store, factors, space)
-    for entry, top, end in zip(entries, largest, scale, strict=True):
-        entry["max"], entry["scale"] = _short(top, 6), _short(end, 6)
+    largest, signed = _largest(scores), bool((scores < 0).any())
+    entries = details(store, factors, space)
+    for entry, column, top in zip(entries, scores.T, largest.tolist(), strict=True):
+        entry.update(max=short(top, 6), **_spread(column))
     name = store.meta.model.get("name", str(store.path))
     title = f"{factors.n_components} factors of {name}"
     n_held = len(np.unique(windows.column("document").to_numpy()))
@@ -93,7 +92,10 @@ def factor_view(
                 {"name": str(info.site), "family": info.site.family} for info in factors.sites
             ],
             "factors": entries,
-            "documents": _documents(shown, scores, largest),
+            "signed": signed,
+            "cosines": _cosines(factors, factors),
+            "other": _other(factors, other),
+            "documents": _documents(shown, quantised(scores, largest, signed=signed)),
             "documents_note": f"all {n_held:,}" if len(shown) == n_held else note,
         },
         PlainTable(
@@ -110,11 +112,6 @@ def factor_view(
             ],
         ),
     )
-
-
-def _short(value: float, digits: int = 4) -> float:
-    """Return a value to a few significant digits: what JSON carries is what the page shows."""
-    return float(f"{value:.{digits}g}")
 
 
 def _facts(factors: Factors) -> list[list[str]]:
@@ -144,23 +141,53 @@ def _scores(
     return scores
 
 
-def _scales(scores: npt.NDArray[np.float32]) -> tuple[list[float], list[float]]:
-    """Return each factor's largest score and the score at which its colour scale ends."""
-    largest, ends = [], []
-    for column in scores.T:
-        positive = column[column > 0]  # NaN is not
-        top = float(positive.max()) if len(positive) else 1.0
-        largest.append(top)
-        ends.append(float(np.quantile(positive, _SCALE_QUANTILE)) if len(positive) else 1.0)
-    return largest, ends
+def _largest(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return each factor's largest score, without regard to its sign; 1 where there is none."""
+    sizes = np.nan_to_num(np.abs(scores), nan=0.0).max(axis=0, initial=0.0).astype(np.float64)
+    return np.where(sizes > 0, sizes, 1.0)
+
+
+def _spread(column: npt.NDArray[np.float32]) -> dict[str, float]:
+    """Return where a factor's colour scale ends, and mean and deviation of its scores."""
+    held = column[~np.isnan(column)].astype(np.float64)
+    sizes = np.abs(held[held != 0])
+    return {
+        "scale": short(float(np.quantile(sizes, _SCALE_QUANTILE)), 6) if len(sizes) else 1.0,
+        "mean": short(float(held.mean())) if len(held) else 0.0,
+        "std": short(float(held.std())) if len(held) else 0.0,
+    }
+
+
+def _cosines(a: Factors, b: Factors) -> list[list[float]]:
+    """Return the cosine of the loadings of each factor of `a` with each of `b`."""
+    rows, columns = (
+        values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-30)
+        for values in (a.loadings.astype(np.float64), b.loadings.astype(np.float64))
+    )
+    found: list[list[float]] = np.round(rows @ columns.T, 3).tolist()
+    return found
+
+
+def _other(factors: Factors, other: Factors | None) -> dict[str, Any] | None:
+    if other is None:
+        return None
+    mine, theirs = ([str(info.site) for info in of.sites] for of in (factors, other))
+    if mine != theirs:
+        raise ArgumentError(
+            f"compare = {other.name!r} is of {', '.join(theirs)}; expected factors of the sites of "
+            f"{factors.name!r}: {', '.join(mine)}. Fit them to these sites under a new name."
+        )
+    rows = other.table("factors").select(["factor", "share", "effective_neurons"]).to_pylist()
+    return {
+        "name": other.name,
+        "factors": [[r["factor"], short(r["share"]), short(r["effective_neurons"])] for r in rows],
+        "cosines": _cosines(factors, other),
+    }
 
 
 def _documents(
-    shown: Sequence[ShownDocument], scores: npt.NDArray[np.float32], largest: Sequence[float]
+    shown: Sequence[ShownDocument], codes: npt.NDArray[np.uint8]
 ) -> list[dict[str, Any]]:
-    # Code 0 says "no score"; 1 … 255 are the square roots of 0 … the largest.
-    relative = np.sqrt(np.clip(scores / np.asarray(largest, dtype=np.float32), 0, 1))
-    codes = np.where(np.isnan(scores), 0, 1 + np.round(254 * np.nan_to_num(relative)))
     ends = np.cumsum([len(document.row_ids) for document in shown])
     return [
         {
@@ -170,86 +197,7 @@ def _documents(
             "n_tokens": document.n_tokens,
             "cuts": document.cuts,
             "rows": document.runs,
-            "scores": b64encode(block.T.astype(np.uint8).tobytes()).decode("ascii"),
+            "scores": embedded(block.T),
         }
         for document, block in zip(shown, np.split(codes, ends[:-1]), strict=True)
     ]
-
-
-def _factors(store: CoreStore, factors: Factors, space: str) -> list[dict[str, Any]]:
-    table = factors.table("factors").to_pylist()
-    shares = _site_shares(factors)
-    loadings = [factors.loadings_of(info.site) for info in factors.sites]
-    exemplars = _exemplars(store, factors, space)
-    entries = []
-    for row in table:
-        k = int(row["factor"])
-        entries.append(
-            {
-                "factor": k,
-                "share": _short(row["share"]),
-                "effective_neurons": _short(row["effective_neurons"]),
-                "sites": [_short(share) for share in shares[k]],
-                "neurons": _neurons([block[k] for block in loadings], shares[k]),
-                **exemplars[k],
-            }
-        )
-    return entries
-
-
-def _site_shares(factors: Factors) -> npt.NDArray[np.float64]:
-    place = {str(info.site): i for i, info in enumerate(factors.sites)}
-    shares = np.zeros((factors.n_components, len(place)))
-    for row in factors.table("factor_sites").to_pylist():
-        shares[row["factor"], place[row["site"]]] = row["share"]
-    return shares
-
-
-def _neurons(
-    loadings: Sequence[npt.NDArray[np.float32]], shares: npt.NDArray[np.float64]
-) -> list[list[Any]]:
-    """Return [site, share, [[neuron, loading], …]] of the sites that matter, in site order."""
-    found = []
-    for site in sorted(np.argsort(-shares, kind="stable")[:_SITES].tolist()):
-        top = np.argsort(-loadings[site], kind="stable")[:_NEURONS]
-        neurons = [[int(n), _short(float(loadings[site][n]), 2)] for n in top]
-        found.append([site, _short(shares[site]), [pair for pair in neurons if pair[1] > 0]])
-    return found
-
-
-def _exemplars(store: CoreStore, factors: Factors, space: str) -> list[dict[str, Any]]:
-    """Return each factor's top tokens, all different, and its top rows with their text."""
-    table = factors.table("factor_exemplars")
-    table = table.filter(pc.equal(table.column("side"), "top"))
-    text_of = _token_texts(store, table.column("token_id"))
-    words: list[dict[str, str]] = [{} for _ in range(factors.n_components)]
-    for row in table.sort_by("rank").to_pylist():
-        word = text_of[row["token_id"]]
-        words[row["factor"]].setdefault(word.strip().lower() or word, word.strip() or word)
-    best = table.filter(pc.less_equal(table.column("rank"), _EXEMPLARS)).sort_by("rank")
-    texts = snippets(store, best.column("row_id").to_numpy(), space=space)
-    exemplars: list[list[Any]] = [[] for _ in range(factors.n_components)]
-    for row, text in zip(best.to_pylist(), texts, strict=True):
-        exemplars[row["factor"]].append(
-            {
-                "row_id": row["row_id"],
-                "value": _short(row["value"]),
-                "document": text.document,
-                "source": text.source,
-                "before": text.before,
-                "token": text.token,
-                "after": text.after,
-            }
-        )
-    return [
-        {"tokens": list(found.values())[:_TOP_TOKENS], "exemplars": rows}
-        for found, rows in zip(words, exemplars, strict=True)
-    ]
-
-
-def _token_texts(store: CoreStore, token_ids: pa.ChunkedArray) -> dict[int, str]:
-    vocabulary = store.vocabulary
-    wanted = vocabulary.filter(pc.is_in(vocabulary.column("token_id"), token_ids.unique()))
-    ids, texts = wanted.column("token_id").to_pylist(), wanted.column("text").to_pylist()
-    found = dict(zip(ids, texts, strict=True))
-    return {i: found.get(i, f"token {i}") for i in token_ids.unique().to_pylist()}

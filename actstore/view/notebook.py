@@ -110,7 +110,13 @@ def to_notebook(
     return target
 
 
-def factors_notebook(store_path: str | Path, factors_name: str | None, path: str | Path) -> Path:
+def factors_notebook(
+    store_path: str | Path,
+    factors_name: str | None,
+    path: str | Path,
+    *,
+    compare: str | None = None,
+) -> Path:
     """Write a notebook that opens a store again and shows its factors; return its path.
 
     Parameters
@@ -122,6 +128,8 @@ def factors_notebook(store_path: str | Path, factors_name: str | None, path: str
     path : str or Path
         File to write, ``*.ipynb``.  It names the store relative to its own folder where that is
         near, so that the two can move together.
+    compare : str, optional
+        Name of another decomposition that each factor is compared with.
 
     Raises
     ------
@@ -142,7 +150,7 @@ def factors_notebook(store_path: str | Path, factors_name: str | None, path: str
             "Point at a factor, or choose it: the text is shaded by its score, on one scale for "
             "all documents.",
         ),
-        ("code", "factors.view()"),
+        ("code", f"factors.view({'' if compare is None else f'compare={compare!r}'})"),
         ("markdown", "The rows that drive each factor most, in SQL."),
         (
             "code",
@@ -172,6 +180,55 @@ def similarity_notebook(
         ("code", "similarity.df()"),
     ]
     return to_notebook(path, cells, f"Similarity of the sites of {Path(store_path).resolve().name}")
+
+
+def neuron_notebook(
+    store_path: str | Path,
+    site: str,
+    neuron: int,
+    path: str | Path,
+    *,
+    by: str = "source",
+    replay: bool = False,
+) -> Path:
+    """Write a notebook that opens a store again and shows one of its neurons.
+
+    Parameters
+    ----------
+    store_path, path
+        As `factors_notebook`.
+    site : str
+        Name of the site.
+    neuron : int
+        Index of the neuron.
+    by : str, default "source"
+        What means are grouped by.
+    replay : bool
+        Whether values that are not stored are computed again.
+    """
+    options = ("" if by == "source" else f", by={by!r}") + (", replay=True" if replay else "")
+    cells = [
+        *_opening(store_path, path),
+        ("markdown", "Its values over all rows, its exemplars in context, and what goes with it."),
+        ("code", f"store.neuron({site!r}, {neuron}{options}).view()"),
+        ("markdown", "The rows that drive it most."),
+        ("code", f"store.top({site!r}, neuron={neuron}, k=20, distinct='window').df()"),
+    ]
+    return to_notebook(path, cells, f"{site}, neuron {neuron}")
+
+
+def overview_notebook(store_path: str | Path, path: str | Path) -> Path:
+    """Write a notebook that opens a store again and shows it at a glance.
+
+    Parameters and errors are those of `factors_notebook`.
+    """
+    cells = [
+        *_opening(store_path, path),
+        ("code", "store.view()"),
+        ("markdown", "What is in it, in SQL."),
+        ("code", 'store.sql("SELECT kind, result, created, n_rows FROM results").df()'),
+    ]
+    return to_notebook(path, cells, Path(store_path).resolve().name)
 
 
 def _opening(store_path: str | Path, path: str | Path) -> list[tuple[str, str]]:

@@ -29,7 +29,13 @@ class Factors(decompose.Factors):
     actstore.decompose.Factors : loadings, scores, tables and summary.
     """
 
-    def view(self, document: int | Sequence[int] | None = None, *, max_documents: int = 50) -> View:
+    def view(
+        self,
+        document: int | Sequence[int] | None = None,
+        *,
+        max_documents: int = 50,
+        compare: str | None = None,
+    ) -> View:
         """Return the factor view: all factors, and texts shaded by their scores.
 
         Parameters
@@ -38,13 +44,17 @@ class Factors(decompose.Factors):
             The documents to show; by default up to `max_documents`, spread evenly over the store.
         max_documents : int, default 50
             How many documents at most, where `document` does not name them.
+        compare : str, optional
+            Name of another decomposition of the same sites: each factor then shows its nearest
+            there.
 
         Raises
         ------
-        ArgumentError, RowNotFound
-            If no document is asked for, or the store has none of that number.
+        ArgumentError, RowNotFound, ResultNotFound
+            If no document is asked for, the store has none of that number, or no such result.
         """
-        return factor_view(self.store, self, document, max_documents)
+        other = None if compare is None else decompose.Factors.open(self.store, compare)
+        return factor_view(self.store, self, document, max_documents, other=other)
 
     def __repr__(self) -> str:
         return f"{headline(self)}\n{factor_table(self)!r}"
@@ -139,13 +149,17 @@ class Factors(decompose.Factors):
         document: int | Sequence[int] | None = None,
         *,
         max_documents: int = 50,
+        compare: str | None = None,
     ) -> Path:
         """Write the factor view as one HTML file that makes no request; parameters as `view`."""
-        return self.view(document, max_documents=max_documents).to_html(path)
+        return self.view(document, max_documents=max_documents, compare=compare).to_html(path)
 
-    def to_notebook(self, path: str | Path) -> Path:
+    def _repr_html_(self) -> str:
+        return self.view().html
+
+    def to_notebook(self, path: str | Path, *, compare: str | None = None) -> Path:
         """Write an executed notebook that opens the store again and shows these factors."""
-        return factors_notebook(self.store.path, self.name, path)
+        return factors_notebook(self.store.path, self.name, path, compare=compare)
 
 
 class Similarity(decompose.Similarity):
@@ -163,6 +177,9 @@ class Similarity(decompose.Similarity):
     def to_html(self, path: str | Path) -> Path:
         """Write the similarity view as one HTML file that makes no request."""
         return self.view().to_html(path)
+
+    def _repr_html_(self) -> str:
+        return self.view().html
 
     def to_notebook(self, path: str | Path) -> Path:
         """Write an executed notebook that opens the store again and shows this similarity."""

@@ -10,15 +10,16 @@ from actstore.decompose import Similarity
 from actstore.store import CoreStore
 from actstore.view.page import PlainTable, View
 
-_LARGE_CHANNEL = 0.5
-"""From this share of a site's variance on, one channel decides the value, and the view says so."""
+_LARGE_CHANNEL = 0.2
+"""Above this share of a site's variance one channel sways the value, and the view says so."""
 
 
 def similarity_view(store: CoreStore, similarity: Similarity) -> View:
     """Return a heat map of the similarity of all pairs of sites.
 
     Values are shaded and printed; pointing at a cell, or going there with the arrow keys, says its
-    interval and what to be wary of. Memory and page grow with the square of the number of sites.
+    intervals, what chance gives, and what to be wary of. Memory and page grow with the square of
+    the number of sites.
 
     Parameters
     ----------
@@ -47,6 +48,8 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
                 {"name": str(site), "family": site.family, "layer": site.layer} for site in sites
             ],
             "cells": cells,
+            "warning": f"one channel has more than {_LARGE_CHANNEL:.0%} of a site's variance, and "
+            "sways the value",
             "facts": _facts(summary),
         },
         PlainTable(
@@ -60,8 +63,13 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
     )
 
 
-def _finite(value: float) -> float | None:
-    return round(value, 5) if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return round(value, 5) if value is not None and math.isfinite(value) else None
+
+
+def _interval(pair: Mapping[str, Any], low: str, high: str) -> list[float] | None:
+    ends = [_finite(pair.get(low)), _finite(pair.get(high))]
+    return None if None in ends else ends  # type: ignore[return-value]  # no None is left
 
 
 def _cell(pair: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,12 +77,16 @@ def _cell(pair: Mapping[str, Any]) -> dict[str, Any]:
     notes = [
         f"{share:.0%} of the variance of {name} is one channel's"
         for name, share in shares.items()
-        if share >= _LARGE_CHANNEL  # NaN is not
+        if share > _LARGE_CHANNEL  # NaN is not
     ]
+    ranks = [pair.get("rank_a"), pair.get("rank_b")]
     return {
         "value": _finite(pair["value"]),
-        "low": _finite(pair["low"]),
-        "high": _finite(pair["high"]),
+        "store": _interval(pair, "low", "high"),
+        "text": _interval(pair, "text_low", "text_high"),
+        "null_mean": _finite(pair.get("null_mean")),
+        "null_p95": _finite(pair.get("null_p95")),
+        "ranks": None if None in ranks else ranks,
         "note": "; ".join(notes),
     }
 
@@ -83,5 +95,5 @@ def _facts(summary: Mapping[str, Any]) -> list[list[str]]:
     return [
         ["result", str(summary["name"])],
         ["rows", f"{summary['n_rows_read']:,} of {summary['n_rows']:,} ({summary['rows']})"],
-        ["widest 95 % interval", f"± {summary['half_width']:.4f}"],
+        ["widest 95 % interval, this store", f"± {summary['half_width']:.4f}"],
     ]

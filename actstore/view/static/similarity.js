@@ -12,22 +12,28 @@ function draw(view, data) {
   }
   const starts = (j) => (j > 0 && sites[j].family !== sites[j - 1].family ? " starts" : "");
 
+  const interval = ([low, high]) => `${low.toFixed(3)} to ${high.toFixed(3)}`;
   function describe(i, j) {
-    const { value, low, high, note } = cells[i][j];
-    const interval = low === null || high === null ? "" : `, 95\u202f% interval ${low.toFixed(3)} to ${high.toFixed(3)}`;
-    const lines = [value === null ? `${measure}: no value` : `${measure} ${value.toFixed(3)}${interval}`];
-    return note ? [...lines, note] : lines;
+    const { value, store, text, null_mean, null_p95, ranks, note } = cells[i][j];
+    const lines = [value === null ? `${measure}: no value` : `${measure} ${value.toFixed(3)}`];
+    if (store) lines.push(`95\u202f% interval, this store: ${interval(store)}`);
+    if (text) lines.push(`95\u202f% interval, text like this: ${interval(text)}`);
+    if (null_mean !== null) {
+      lines.push(`by chance (one side shifted by documents): ${null_mean.toFixed(3)}` +
+        (null_p95 === null ? "" : `, below ${null_p95.toFixed(3)} in 95\u202f%`));
+    }
+    if (ranks) lines.push(`directions compared: ${ranks[0]} and ${ranks[1]}`);
+    return note ? [...lines, `\u26a0 ${note}`] : lines;
   }
 
   const nodes = sites.map((row, i) => sites.map((column, j) => {
-    const { value } = cells[i][j];
+    const { value, note } = cells[i][j];
     const level = Math.max(0, Math.min(1, value ?? 0));
     const node = el("td", {
       role: "gridcell", tabindex: i + j === 0 ? "0" : "-1",
-      class: (value === null ? "none" : level > DEEP ? "deep" : "") + starts(j),
+      class: (value === null ? "none" : shadeOf(level).split(" ")[0]) + (note ? " warn" : "") + starts(j),
       "aria-label": `${row.name} and ${column.name}: ${describe(i, j).join("; ")}`,
     });
-    node.style.setProperty("--s", level.toFixed(3));
     return node;
   }));
   const bodies = [];
@@ -49,8 +55,7 @@ function draw(view, data) {
   const columnHeads = sites.map((site, k) => el("th", { scope: "col", class: starts(k), "aria-label": site.name }));
   const table = el("table", { role: "grid", "aria-label": `${data.title}; arrow keys go from cell to cell` },
     el("thead", {}, el("tr", {}, el("td", { class: "corner", colspan: "2" }), ...groupHeads),
-      el("tr", {}, el("td", { class: "corner", colspan: "2" }),
-        ...columnHeads)),
+      el("tr", {}, el("td", { class: "corner", colspan: "2" }, "layer"), ...columnHeads)),
     ...bodies);
   const heat = el("div", { class: "heat" }, table);
 
@@ -100,13 +105,16 @@ function draw(view, data) {
     table.style.fontSize = size < 26 ? "9px" : "11px";
   }
 
+  const warned = cells.some((row) => row.some((cell) => cell.note));
+  const missing = cells.some((row) => row.some((cell) => cell.value === null));
   view.append(
-    el("header", {}, el("h2", {}, visible(data.title)), facts(data.facts)),
     el("div", { class: "plate" }, heat,
       el("div", { class: "key" },
-        el("div", {}, el("b", {}, measure), el("br"), scale("0", "0.5", "1")),
-        el("p", {}, "Sites by hook point and layer. Point at a cell, or go there with the arrow keys, ",
-          "for its value, interval and warnings."))));
+        el("div", {}, el("b", {}, `${measure} between two sites`), el("br"), scale(["0", "0.5", "1"])),
+        ...(warned ? [el("p", {}, el("span", { class: "sample warn" }), data.warning)] : []),
+        ...(missing ? [el("p", {}, el("span", { class: "sample none" }), "no value: a site is constant there")] : []),
+        el("p", {}, "Sites stand in the order of hook point and layer. Point at a cell, tap it, or go there with ",
+          "the arrow keys, for its value, intervals and warnings."))));
   new ResizeObserver(fit).observe(view);
   fit();
 }

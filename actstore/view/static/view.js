@@ -1,8 +1,6 @@
 // Shared by all views. Elements are made of attributes and text nodes, never parsed from markup,
 // so text of a corpus cannot become anything else.
 
-const DEEP = 0.64; // of a colour scale: from here on text on it is of the other lightness
-
 const SVG = "http://www.w3.org/2000/svg";
 
 function fill(node, attributes, children) {
@@ -37,10 +35,71 @@ function number(value) {
 }
 const percent = (share) => `${(100 * share).toFixed(1)}\u202f%`;
 
-// A scale from 0 to a top, with its ticks.
-const scale = (...ticks) =>
-  el("span", { class: "scale", "aria-hidden": "true" }, el("span", { class: "bar" }),
-    ...ticks.map((tick) => el("span", {}, tick)));
+// Text with its spaces, breaks and the bounds of its tokens shown, or as it stands. The sign of a
+// space is followed by a place where a line may break.
+const spaced = (text, marks) =>
+  !marks ? visible(text) : marked(text).replaceAll("\u2423", "\u2423\u200b").replaceAll("\u21b5", "\u21b5\n");
+
+// Base64 to bytes, and the bytes to values: 0 is a row without a value; else the square root of the
+// value over the largest one, in 254 steps from 0, or in 127 to either side where values are signed.
+const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+function valueOf(code, largest, signed) {
+  if (code === 0) return null;
+  const root = signed ? (code - 128) / 127 : (code - 1) / 254;
+  return largest * root * Math.abs(root);
+}
+
+// -- colour ---------------------------------------------------------------------------------------
+
+// Two ramps of one lightness each way, told apart by any kind of colour vision: blue up, orange
+// down; [on light, on dark]. Strong values are underlined too, so that nothing is said by colour
+// alone.
+const UP = [["#ffffff", "#14171c"], ["#dceaf7", "#1a3048"], ["#a3cbe8", "#205080"], ["#4f97cb", "#3a7fbd"],
+  ["#1c63a6", "#79b4e6"], ["#062f6e", "#c9e4fb"]];
+const DOWN = [["#ffffff", "#14171c"], ["#fdead1", "#3a2a16"], ["#f9c584", "#6a4517"], ["#dd8b2b", "#a86b1e"],
+  ["#a7590c", "#dc9b45"], ["#6b3206", "#fbd7a3"]];
+const SHADES = 64; // classes of shades: five times as fast to change as a style on each
+const STRONG = 0.75; // of a scale: from here on a token is underlined too
+
+const channels = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+function mixed(ramp, mode, level) {
+  const at = level * (ramp.length - 1);
+  const i = Math.min(Math.floor(at), ramp.length - 2);
+  const [a, b] = [channels(ramp[i][mode]), channels(ramp[i + 1][mode])];
+  return a.map((x, k) => Math.round(x + (b[k] - x) * (at - i)));
+}
+// Of black and white the one that is easier to read on a colour: its contrast is 4.5 at least.
+function inkOn(rgb) {
+  const [r, g, b] = rgb.map((x) => (x / 255 <= 0.04045 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+}
+const SHADE_STYLE = [["s", UP, 1], ["n", DOWN, -1]].map(([name, ramp, sign]) =>
+  Array.from({ length: SHADES + 1 }, (_, i) => {
+    const [light, dark] = [0, 1].map((mode) => mixed(ramp, mode, i / SHADES));
+    return `.${name}${i}{--s:${sign * i / SHADES};background:light-dark(rgb(${light}),rgb(${dark}));` +
+      `color:light-dark(${inkOn(light)},${inkOn(dark)})}`;
+  }).join("")).join("");
+
+// The class of a level from -1 to 1.
+function shadeOf(level) {
+  const size = Math.min(1, Math.abs(level));
+  return `${level < 0 ? "n" : "s"}${Math.round(SHADES * size)}` +
+    (size < STRONG ? "" : level < 0 ? " strong low" : " strong");
+}
+
+// A colour scale with its ticks, spread evenly; from the lowest of a diverging one or from zero.
+function scale(ticks, diverging = false) {
+  const bar = el("span", { class: "bar" });
+  const stops = diverging ? [...DOWN.slice(1).reverse(), ...UP] : UP;
+  bar.style.background = `linear-gradient(to right,${stops.map(([a, b]) => `light-dark(${a},${b})`)})`;
+  return el("span", { class: "scale", "aria-hidden": "true" }, bar,
+    el("span", { class: "ticks" }, ...ticks.map((tick) => el("span", {}, tick))));
+}
+const underlinedFrom = (top, signed) =>
+  el("span", {}, el("u", {}, "underlined"), `: ${number(STRONG * top)} and more`,
+    ...(signed ? ["; ", el("u", { class: "low" }, "dotted"), `: \u2212${number(STRONG * top)} and less`] : []));
+
+// -- parts of views -------------------------------------------------------------------------------
 
 function facts(pairs) {
   return el("p", { class: "facts" },
@@ -75,16 +134,132 @@ class Tip {
   }
 }
 
-// Follow the surface the view stands on: a notebook's theme need not be the system's.
-function adoptScheme(host) {
+// A button that says whether it is on.
+function toggle(label, change) {
+  const button = el("button", { class: "toggle", type: "button", "aria-pressed": "false" }, label);
+  button.addEventListener("click", () => {
+    const on = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", String(on));
+    change(on);
+  });
+  return button;
+}
+
+// Tabs over one panel; entries are [label, draw]. Arrow keys go from tab to tab.
+function tabs(label, entries) {
+  const panel = el("div", { role: "tabpanel", class: "panel" });
+  const buttons = entries.map(([name], i) =>
+    el("button", { role: "tab", type: "button", "aria-selected": "false", tabindex: "-1" }, name));
+  let opened = 0;
+  function open(i) {
+    opened = i;
+    buttons.forEach((button, k) => {
+      button.setAttribute("aria-selected", String(k === i));
+      button.tabIndex = k === i ? 0 : -1;
+    });
+    panel.setAttribute("aria-label", buttons[i].textContent);
+    panel.replaceChildren(...entries[i][1]());
+  }
+  buttons.forEach((button, i) => {
+    button.addEventListener("click", () => open(i));
+    button.addEventListener("keydown", (event) => {
+      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!by) return;
+      event.preventDefault();
+      const to = (i + by + buttons.length) % buttons.length;
+      open(to);
+      buttons[to].focus();
+    });
+  });
+  const node = el("div", {}, el("div", { role: "tablist", class: "tabs", "aria-label": label }, ...buttons), panel);
+  open(0);
+  return { node, redraw: () => open(opened) };
+}
+
+// A table of heads and rows; the first cell of a row is its head.
+const grid = (heads, rows, attributes = {}) =>
+  el("table", { class: "grid", ...attributes },
+    el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))),
+    el("tbody", {}, ...rows.map(([first, ...rest]) =>
+      el("tr", {}, el("th", { scope: "row" }, first), ...rest.map((cell) => el("td", {}, cell))))));
+
+// A bar of a table cell: part of the largest, to the left of zero where it is negative.
+function meter(value, largest, label, signed = false) {
+  const bar = el("i", { "aria-hidden": "true", class: value < 0 ? "low" : "" });
+  const width = Math.abs(value) / (largest || 1);
+  bar.style.width = `${(signed ? 50 : 100) * width}%`;
+  if (signed) bar.style.marginLeft = `${value < 0 ? 50 * (1 - width) : 50}%`;
+  return el("span", { class: "meter" }, el("span", { class: "track", "aria-hidden": "true" }, bar), label);
+}
+
+// The tokens of a text: pointing at one, or going there with the arrow keys, tells of it. With Shift
+// the arrow keys select a span. An item has a node and the word on it; describe returns [name, value]s.
+class Walk {
+  constructor(node, tip, describe, select = () => {}) {
+    Object.assign(this, { node, tip, describe, select, items: [], at: -1, anchor: -1 });
+    node.addEventListener("pointerover", (event) => {
+      const index = this.places.get(event.target);
+      if (index === undefined) tip.hide();
+      else this.point(index, false);
+    });
+    node.addEventListener("pointerleave", () => tip.hide());
+    node.addEventListener("scroll", () => this.at < 0 && tip.hide());
+    node.addEventListener("blur", () => {
+      this.leave();
+      tip.hide();
+    });
+    node.addEventListener("keydown", (event) => {
+      const last = this.items.length - 1;
+      const to = { ArrowRight: this.at + 1, ArrowLeft: this.at - 1, Home: 0, End: last }[event.key];
+      if (to === undefined || last < 0) return;
+      event.preventDefault();
+      const from = this.anchor < 0 ? Math.max(0, this.at) : this.anchor;
+      this.goTo(Math.max(0, Math.min(last, to)));
+      this.anchor = event.shiftKey ? from : -1;
+      if (event.shiftKey) this.select(Math.min(from, this.at), Math.max(from, this.at));
+    });
+  }
+  set(items) {
+    this.items = items;
+    this.places = new Map(items.map((item, i) => [item.node, i]));
+    this.at = this.anchor = -1;
+    this.tip.hide();
+  }
+  leave() {
+    if (this.at >= 0) this.items[this.at].node.classList.remove("here");
+    this.at = this.anchor = -1;
+  }
+  point(index, voice) {
+    const { node, word } = this.items[index];
+    const lines = this.describe(this.items[index]);
+    this.tip.show(node, el("b", {}, el("bdi", {}, marked(word))),
+      ...lines.map(([name, value]) => el("div", {}, `${name}: ${value}`)));
+    if (voice) this.tip.say([marked(word), ...lines.map(([name, value]) => `${name} ${value}`)].join("; "));
+  }
+  goTo(index) {
+    this.leave();
+    this.at = index;
+    const { node } = this.items[index];
+    node.classList.add("here");
+    const at = node.getClientRects()[0].top - this.node.getBoundingClientRect().top;
+    if (at < 20 || at > this.node.clientHeight - 40) this.node.scrollTop += at - this.node.clientHeight / 2;
+    this.point(index, true);
+  }
+}
+
+// Follow the surface the view stands on: a notebook's theme need not be the system's. Where all is
+// transparent, as in VS Code, the notebook says of itself what it is.
+function themeOf(host) {
   for (let node = host.parentElement; node; node = node.parentElement) {
     const parts = getComputedStyle(node).backgroundColor.match(/[\d.]+/g);
     if (!parts || (parts.length > 3 && Number(parts[3]) < 0.5)) continue;
     const [r, g, b] = parts.map(Number);
-    host.style.colorScheme = 0.299 * r + 0.587 * g + 0.114 * b < 128 ? "dark" : "light";
-    return;
+    return 0.299 * r + 0.587 * g + 0.114 * b < 128 ? "dark" : "light";
   }
-  host.style.colorScheme = "";
+  const { body, documentElement } = document;
+  if (body.matches(".vscode-dark, .vscode-high-contrast:not(.vscode-high-contrast-light), [data-jp-theme-light=false]")) return "dark";
+  if (body.matches(".vscode-light, .vscode-high-contrast-light, [data-jp-theme-light=true]")) return "light";
+  return { dark: "dark", light: "light" }[documentElement.getAttribute("theme")] ?? "";
 }
 
 function mount(id, style, data) {
@@ -92,11 +267,15 @@ function mount(id, style, data) {
     if (host.shadowRoot) continue;
     const root = host.attachShadow({ mode: "open" });
     const view = el("section", { class: "view", "aria-label": visible(data.title) });
-    root.append(el("style", {}, style), view);
-    const adopt = () => adoptScheme(host);
+    root.append(el("style", {}, style + SHADE_STYLE), view);
+    const adopt = () => {
+      host.style.colorScheme = themeOf(host);
+    };
     adopt();
     host.addEventListener("pointerenter", adopt);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", adopt);
+    new MutationObserver(adopt).observe(document.body, { attributes: true });
+    view.append(el("header", {}, el("h2", {}, visible(data.title)), facts(data.facts)));
     draw(view, data);
   }
 }
