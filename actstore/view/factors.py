@@ -15,6 +15,7 @@ from actstore.view.documents import ShownDocument, choose, committed_windows, re
 from actstore.view.factor_detail import details, short
 from actstore.view.page import PlainTable, View
 from actstore.view.quantised import embedded, quantised
+from actstore.view.standing_out import N_NEURONS, STEP, standing_out
 
 _SCALE_QUANTILE = 0.995
 """Where the colour scale ends, among the scores above 0: a few maxima would leave a page pale."""
@@ -31,8 +32,9 @@ def factor_view(
 ) -> View:
     """Return a view of a decomposition: every factor, and texts shaded by their scores.
 
-    Reads the scores of the shown documents only. The page takes about `n_components` x 1.4 bytes a
-    token for scores and 10 for text.
+    Reads the scores of the shown documents only, and of few documents their activations too, for
+    the neurons that stand out in a span: as many as have 16 million values at all sites. The page
+    takes about `n_components` x 1.4 bytes a token for scores, 10 for text and 16 for neurons.
 
     Parameters
     ----------
@@ -74,7 +76,9 @@ def factor_view(
     windows = committed_windows(store, space)
     chosen = choose(store, windows, documents, max_documents)
     shown = [read(store, document, windows, space, max_tokens) for document in chosen]
-    scores = _scores(store, factors, np.concatenate([document.row_ids for document in shown]))
+    row_ids = np.concatenate([document.row_ids for document in shown])
+    scores = _scores(store, factors, row_ids)
+    strong = standing_out(store, factors.sites, row_ids, ~np.isnan(scores[:, 0]))
     largest, signed = _largest(scores), bool((scores < 0).any())
     entries = details(store, factors, space)
     for entry, column, top in zip(entries, scores.T, largest.tolist(), strict=True):
@@ -89,13 +93,15 @@ def factor_view(
         {
             "facts": _facts(factors),
             "sites": [
-                {"name": str(info.site), "family": info.site.family} for info in factors.sites
+                {"name": str(info.site), "family": info.site.family, "width": info.width}
+                for info in factors.sites
             ],
             "factors": entries,
             "signed": signed,
             "cosines": _cosines(factors, factors),
             "other": _other(factors, other),
-            "documents": _documents(shown, quantised(scores, largest, signed=signed)),
+            "strong": None if strong is None else {"n": N_NEURONS, "step": STEP},
+            "documents": _documents(shown, quantised(scores, largest, signed=signed), strong),
             "documents_note": f"all {n_held:,}" if len(shown) == n_held else note,
         },
         PlainTable(
@@ -186,18 +192,24 @@ def _other(factors: Factors, other: Factors | None) -> dict[str, Any] | None:
 
 
 def _documents(
-    shown: Sequence[ShownDocument], codes: npt.NDArray[np.uint8]
+    shown: Sequence[ShownDocument],
+    codes: npt.NDArray[np.uint8],
+    strong: npt.NDArray[np.uint8] | None,
 ) -> list[dict[str, Any]]:
-    ends = np.cumsum([len(document.row_ids) for document in shown])
-    return [
-        {
-            "document": document.document,
-            "source": document.source,
-            "text": document.text,
-            "n_tokens": document.n_tokens,
-            "cuts": document.cuts,
-            "rows": document.runs,
-            "scores": embedded(block.T),
-        }
-        for document, block in zip(shown, np.split(codes, ends[:-1]), strict=True)
-    ]
+    found, start = [], 0
+    for document in shown:
+        mine = slice(start, start + len(document.row_ids))
+        start = mine.stop
+        found.append(
+            {
+                "document": document.document,
+                "source": document.source,
+                "text": document.text,
+                "n_tokens": document.n_tokens,
+                "cuts": document.cuts,
+                "rows": document.runs,
+                "scores": embedded(codes[mine].T),
+                "strong": None if strong is None else embedded(strong[mine]),
+            }
+        )
+    return found

@@ -37,8 +37,10 @@ def overview(store: CoreStore) -> View:
     actstore.store.info : the same facts as text.
     """
     facts = info(store)
-    model = facts.model.get("name", store.path)
-    title = f"{model}: {facts.n_rows:,} rows at {len(store.sites)} sites"
+    name = facts.model.get("name", store.path)
+    title = f"{name}: {facts.n_rows:,} rows at {len(store.sites)} sites"
+    model, corpus, sites = _model(facts), _corpus(store, facts), _sites(store)
+    results = [_result(result) for result in store.results()]
     return View(
         title,
         "overview",
@@ -50,16 +52,21 @@ def overview(store: CoreStore) -> View:
             ],
             "warnings": _warnings(facts),
             "done": facts.n_rows / facts.n_rows_planned if facts.n_rows_planned else 1.0,
-            "model": _model(facts),
-            "corpus": _corpus(store, facts),
+            "model": model,
+            "corpus": corpus,
             "documents": _documents(store),
-            "sites": _sites(store),
-            "results": [_result(result) for result in store.results()],
+            "sites": sites,
+            "results": results,
         },
         PlainTable(
             title,
             ["what", "value"],
-            [[label or "site", text] for label, text in facts.lines()],
+            [
+                *model,
+                *corpus,
+                *(["sites", f"{s['sites']}: {s['width']:,} x {s['dtype']}"] for s in sites),
+                *([r["kind"], f"{r['name']}: {r['what']}"] for r in results),
+            ],
         ),
     )
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import actstore
 from actstore.decompose import Factors, Similarity, nmf, similarity
 from actstore.store import CoreStore
 from tests.browser import Browser, find_chromium
+from tests.toys import toy_model
 from tests.view.text_store import text_store
 
 HOSTILE = [
@@ -51,6 +53,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> CoreStore:
         {"mlp_post.0": 24, "mlp_post.1": 24, "mlp_post.10": 24, "resid_post.1": 12},
         model="<script>window.hacked = 4</script>",
     )
+
+
+@pytest.fixture(scope="session")
+def hostile_store(tmp_path_factory: pytest.TempPathFactory) -> actstore.Store:
+    """A store captured from hostile texts, with hostile sources and metadata, and factors."""
+    module, tokenizer = toy_model("gpt2")
+    module.config._name_or_path = "<script>window.hacked = 5</script>"
+    documents = [
+        {"text": text, "source": HOSTILE[i % len(HOSTILE)], "note": HOSTILE[0]}
+        for i, text in enumerate([*PLAIN, *HOSTILE])
+    ]
+    path = tmp_path_factory.mktemp("hostile") / "store"
+    made = actstore.capture(module, documents, path, tokenizer=tokenizer, context=64)
+    made.nmf("mlp_post", 3, name="words")
+    return made
 
 
 @pytest.fixture(scope="session")

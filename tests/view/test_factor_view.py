@@ -171,7 +171,8 @@ def test_factors_carry_what_the_result_says(store: CoreStore, factors: Factors) 
         assert entry["share"] == pytest.approx(row["share"], rel=1e-3)
         assert sum(entry["sites"]) == pytest.approx(1, abs=1e-2)
         best = next(e for e in exemplars if (e["factor"], e["side"], e["rank"]) == (k, "top", 1))
-        assert entry["exemplars"][0]["row_id"] == best["row_id"]
+        ((name, rows),) = entry["exemplars"]
+        assert (name, rows[0]["row_id"]) == ("Highest", best["row_id"])
         for site, _, neurons in entry["neurons"]:
             loadings = factors.loadings_of(view.data["sites"][site]["name"])[k]
             assert neurons[0][0] == int(loadings.argmax())
@@ -312,7 +313,7 @@ def test_documents_switch_and_a_word_is_found(page: Browser) -> None:
     page.evaluate(f"{ROOT}.querySelector('input').focus()")
     page.type("COMMITTEE")
     assert _text(page, ".text") == PLAIN[2]
-    assert page.evaluate(f"{ROOT}.querySelectorAll('option').length") == 1
+    assert page.evaluate(f"{ROOT}.querySelectorAll('.picker option').length") == 1
     hit = page.evaluate(f"[...{ROOT}.querySelectorAll('.hit')].map(s => s.textContent).join('')")
     assert hit == "committee"
 

@@ -30,8 +30,8 @@ def test_cells_hold_the_values_of_the_result(store: CoreStore, alike: Similarity
         for j, b in enumerate(alike.sites):
             cell = cells[i][j]
             assert cell["value"] == pytest.approx(alike.matrix[i, j], abs=1e-5), (a, b)
-            assert cell["low"] == pytest.approx(alike.low[i, j], abs=1e-5)
-            assert cell["high"] == pytest.approx(alike.high[i, j], abs=1e-5)
+            ends = (alike.low[i, j], alike.high[i, j])
+            assert cell["store"] == pytest.approx(ends, abs=1e-5)
 
 
 def test_a_pair_without_a_value_and_a_site_of_one_channel_say_so(tmp_path: Path) -> None:

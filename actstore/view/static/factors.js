@@ -215,8 +215,41 @@ function draw(view, data) {
       el("h4", {}, title, " ", el("bdi", { class: "quote" }, words.length > 60 ? `${words.slice(0, 59)}…` : words)),
       ranked.length
         ? grid(["factor", "mean score here", "in all shown documents", "above it, in standard deviations", el("span", { class: "optional" }, "its strongest neurons")], choices)
-        : el("p", { class: "note" }, "No factor is above its mean over the shown documents here."));
+        : el("p", { class: "note" }, "No factor is above its mean over the shown documents here."),
+      ...neuronsAt(tokens));
     tip.say(`${title}: ${ranked.map(({ factor, above }) => `factor ${factor.factor}, ${number(above)} standard deviations`).join("; ") || "no factor"}`);
+  }
+
+  // The neurons that are among the strongest at most of some tokens, by the sum of their deviations.
+  function neuronsAt(tokens) {
+    if (!data.strong) {
+      return [el("p", { class: "note" }, "For the neurons that stand out too, look at fewer documents of a store that keeps all rows: factors.view(document=…).")];
+    }
+    const { n, step } = data.strong;
+    current.strongest ??= bytes(current.strong);
+    const sums = new Map();
+    for (const token of tokens) {
+      for (let at = 4 * n * token; at < 4 * n * (token + 1); at += 4) {
+        const [a, b, c, steps] = current.strongest.subarray(at, at + 4);
+        if (!steps) continue;
+        const neuron = a + 256 * b + 65536 * c;
+        const [sum, most, count] = sums.get(neuron) ?? [0, 0, 0];
+        sums.set(neuron, [sum + steps * step, Math.max(most, steps * step), count + 1]);
+      }
+    }
+    const ranked = [...sums].sort((x, y) => y[1][0] - x[1][0]).slice(0, 5);
+    if (!ranked.length) return [];
+    const most = Math.max(...ranked.map(([, [, top]]) => top));
+    return [grid(["neuron", "among the three strongest at", "most above its mean, in standard deviations"], ranked.map(([neuron, [, top, count]]) =>
+      [neuronName(neuron), `${count} of ${tokens.length} tokens`, meter(top, most, `${number(top)} σ`)]))];
+  }
+  function neuronName(neuron) {
+    let rest = neuron;
+    for (const site of sites) {
+      if (rest < site.width) return `${site.name}:${rest}`;
+      rest -= site.width;
+    }
+    return "";
   }
 
   // The neurons of a factor with the largest loadings, whatever their site.
