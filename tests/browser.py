@@ -176,10 +176,27 @@ class Browser:
             self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
         self.settle()
 
-    def press(self, key: str) -> None:
+    def drag(self, start: tuple[float, float], stop: tuple[float, float]) -> None:
+        """Press the mouse at one place of the viewport and let it go at another."""
+        places = (("mousePressed", start), ("mouseMoved", stop), ("mouseReleased", stop))
+        self.move(*start)
+        for kind, (x, y) in places:
+            self._send(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=x,
+                y=y,
+                button="left",
+                buttons=0 if kind == "mouseReleased" else 1,
+                clickCount=1,
+            )
+        self.settle()
+
+    def press(self, key: str, *, shift: bool = False) -> None:
         """Press a key that is no letter, such as ``"ArrowDown"``."""
+        held = 8 if shift else 0
         for kind in ("keyDown", "keyUp"):
-            self._send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+            self._send("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=held)
         self.settle()
 
     def type(self, text: str) -> None:

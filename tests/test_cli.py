@@ -83,6 +83,15 @@ def test_export_writes_what_the_library_writes(run, tmp_path, small_store):
     run("export", store, "factor", 1, "--name", "first", "--to", tmp_path / "1.json")
     assert json.loads((tmp_path / "1.json").read_bytes())["layer"] == "nmf-first"
 
+    run("export", store, "neuron", "mlp_post.1", 7, "--to", tmp_path / "7.html", "--by", "document")
+    small_store.neuron("mlp_post.1", 7, by="document").to_html(tmp_path / "same.html")
+    assert (tmp_path / "7.html").read_bytes() == (tmp_path / "same.html").read_bytes()
+    run("export", store, "overview", "--to", tmp_path / "x.html")
+    assert "3 sites" in (tmp_path / "x.html").read_text(encoding="utf-8")
+    to = tmp_path / "compared.html"
+    run("export", store, "factors", "--name", "first", "--compare", "first", "--to", to)
+    assert '"other":{"name":"first"' in to.read_text(encoding="utf-8")
+
     rows = small_store["mlp_post.1"].row_ids()[3:6]
     ids = ",".join(map(str, rows))
     to = tmp_path / "x.parquet"
@@ -99,6 +108,9 @@ def test_export_writes_what_the_library_writes(run, tmp_path, small_store):
         ["neuron", "mlp_post.1", "seven", "--to", "x.json"],
         ["neuron", "mlp_post.1", "7", "--to", "x.parquet"],
         ["factors", "--to", "x.html", "--rows", "all"],
+        ["neuron", "mlp_post.1", "7", "--to", "x.html", "-k", "3"],
+        ["neuron", "mlp_post.1", "7", "--to", "x.json", "--by", "source"],
+        ["overview", "--to", "x.json"],
         ["slice", "--to", "x.json"],
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,6 @@ _TYPES = 15
 _DOCUMENTS = 10
 _POSITIONS = 128
 _METADATA_CHARACTERS = 200
-_FEW_NEURONS = 10
-_POSITIONAL = 0.5
 
 _GROUPS = {
     "top": "Highest",
@@ -52,6 +50,7 @@ def details(store: CoreStore, factors: Factors, space: str) -> list[dict[str, An
     exemplars = _exemplars(store, factors, space)
     positions, documents = _positions(factors), _documents(store, factors)
     types, stability = _types(store, factors), _stability(store, factors)
+    badges = factors.badges()
     entries = []
     for row in factors.table("factors").to_pylist():
         k = int(row["factor"])
@@ -60,7 +59,7 @@ def details(store: CoreStore, factors: Factors, space: str) -> list[dict[str, An
                 "factor": k,
                 "share": short(row["share"]),
                 "effective_neurons": short(row["effective_neurons"]),
-                "badges": _badges(row, stability.get(k)),
+                "badges": _badges(badges[k], row, stability.get(k)),
                 "sites": [short(share) for share in shares[k]],
                 "neurons": _neurons([block[k] for block in loadings], shares[k]),
                 "positions": positions.get(k),
@@ -72,22 +71,31 @@ def details(store: CoreStore, factors: Factors, space: str) -> list[dict[str, An
     return entries
 
 
-def _badges(row: dict[str, Any], stability: float | None) -> list[list[str]]:
-    """Return short words about a factor, each with what it means and the number behind it."""
-    found = []
-    if row["effective_neurons"] < _FEW_NEURONS:
+_MEANINGS = {
+    "dead": "no row has a score",
+    "few neurons": "{effective_neurons:.1f} effective neurons make it up",
+    "positional": "{peak_position_share:.0%} of its energy lies at position {peak_position} of a "
+    "window, {early_share:.0%} at the first four",
+}
+
+
+def _badges(
+    names: Sequence[str], row: Mapping[str, Any], again: Mapping[str, Any] | None
+) -> list[list[str]]:
+    """Return short words about a factor, each with the numbers behind it."""
+    found = [[name, _MEANINGS[name].format_map(row)] for name in names]
+    if again is not None:
+        cosine = again.get("split_cosine")
+        what = "other documents"
+        if cosine is None or math.isnan(cosine):
+            cosine, what = again["seed_cosine"], "other seeds"
+        chance = max(again["null_cosine"], again["runner_up_cosine"])
         found.append(
-            ["few neurons", f"{row['effective_neurons']:.1f} effective neurons carry its loadings"]
+            [
+                "stable" if again["stable"] else "not stable",
+                f"cosine {cosine:.2f} between fits to {what}, {chance:.2f} by chance",
+            ]
         )
-    peak, early = row.get("peak_position_share") or 0.0, row.get("early_share") or 0.0
-    if peak >= _POSITIONAL:
-        words = f"{peak:.0%} of its mass is at position {row['peak_position']} of a window"
-        found.append(["positional", words])
-    elif early >= _POSITIONAL:
-        found.append(["positional", f"{early:.0%} of its mass is at the first positions"])
-    if stability is not None:
-        words = "mean cosine to the nearest factor of other fits: 1 is the same one again"
-        found.append([f"stability {stability:.2f}", words])
     return found
 
 
@@ -176,15 +184,11 @@ def _types(store: CoreStore, factors: Factors) -> dict[int, dict[str, list[list[
     }
 
 
-def _stability(store: CoreStore, factors: Factors) -> dict[int, float]:
-    """Return how stable each factor was found to be, where a result says so."""
-    for result in reversed(list(store.results("stability"))):
-        if result.document.get("of") != factors.name:
-            continue
-        for name in result.files:
-            if name == "stability.parquet":
-                rows = result.table("stability").to_pylist()
-                return {int(r["factor"]): float(r["stability"]) for r in rows}
+def _stability(store: CoreStore, factors: Factors) -> dict[int, dict[str, Any]]:
+    """Return how stable each factor was found to be last, where a result says so."""
+    for result in reversed(store.results("stability")):
+        if result.document["factors"] == factors.name:
+            return {int(row["factor"]): row for row in result.table("factor_stability").to_pylist()}
     return {}
 
 
@@ -202,9 +206,9 @@ def _neurons(
     """Return [site, share, [[neuron, loading], …]] of the sites that matter, in site order."""
     found = []
     for site in sorted(np.argsort(-shares, kind="stable")[:_SITES].tolist()):
-        top = np.argsort(-loadings[site], kind="stable")[:_NEURONS]
+        top = np.argsort(-np.abs(loadings[site]), kind="stable")[:_NEURONS]
         neurons = [[int(n), short(float(loadings[site][n]), 2)] for n in top]
-        found.append([site, short(shares[site]), [pair for pair in neurons if pair[1] > 0]])
+        found.append([site, short(shares[site]), [pair for pair in neurons if pair[1] != 0]])
     return found
 
 

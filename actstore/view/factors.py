@@ -123,13 +123,16 @@ def factor_view(
 def _facts(factors: Factors) -> list[list[str]]:
     summary = factors.summary
     neurons = sum(info.width for info in factors.sites)
-    return [
+    facts = [
         ["result", factors.name],
         ["rows", f"{summary['n_rows']:,} ({summary['rows']})"],
         ["neurons", f"{neurons:,} at {len(factors.sites)} sites"],
-        ["relative error", f"{summary['error']:.3f}"],
-        ["that of one factor", f"{summary['certificates']['one_factor_error']:.3f}"],
     ]
+    single = summary.get("certificates", {}).get("one_factor_error")
+    for words, error in (("relative error", summary.get("error")), ("that of one factor", single)):
+        if error is not None:
+            facts.append([words, f"{error:.3f}"])
+    return facts
 
 
 def _scores(

@@ -196,9 +196,14 @@ def _result(result: Result) -> dict[str, Any]:
     document = result.document
     what = ""
     if result.kind == "nmf":
-        what = f"{document['n_components']} factors, relative error {document['error']:.3f}"
+        what = f"{document['n_components']} factors"
+        if document.get("error") is not None:
+            what += f", relative error {document['error']:.3f}"
     elif result.kind == "similarity":
         what = f"{str(document['measure']).upper()}, ± {document['half_width']:.4f}"
+    elif result.kind == "stability":
+        what = f"{document['n_stable']} of {document['n_components']} factors of "
+        what += f"{document['factors']} are stable"
     method = _OPENS.get(result.kind)
     return {
         "kind": result.kind,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actstore.decompose import Similarity
+from actstore.site import Site
 from actstore.store import CoreStore
 from actstore.view.page import PlainTable, View
 
@@ -33,20 +34,22 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
     factor_view : The view of a decomposition.
     """
     pairs = {(row["site_a"], row["site_b"]): row for row in similarity.to_arrow().to_pylist()}
-    sites = sorted(info.site for info in similarity.sites)
-    names = [str(site) for site in sites]
-    cells = [[_cell(pairs[a, b]) for b in names] for a in names]
+    rows, columns = (sorted({Site.parse(pair[side]) for pair in pairs}) for side in (0, 1))
+    cells = [[_cell(pairs[str(a), str(b)]) for b in columns] for a in rows]
     summary = similarity.summary
     measure = str(summary["measure"]).upper()
-    title = f"{measure} between {len(sites)} sites of {store.meta.model.get('name', store.path)}"
+    model = store.meta.model.get("name", store.path)
+    other = summary.get("other")
+    title = f"{measure} between {len(rows)} sites of {model}"
+    if other:
+        title += f" and {len(columns)} of {other['path']}"
     return View(
         title,
         "similarity",
         {
             "measure": measure,
-            "sites": [
-                {"name": str(site), "family": site.family, "layer": site.layer} for site in sites
-            ],
+            "rows": [_site(site) for site in rows],
+            "columns": [_site(site) for site in columns],
             "cells": cells,
             "warning": f"one channel has more than {_LARGE_CHANNEL:.0%} of a site's variance, and "
             "sways the value",
@@ -54,13 +57,17 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
         },
         PlainTable(
             title,
-            ["site", *names],
+            ["site", *map(str, columns)],
             [
-                [name, *("" if c["value"] is None else f"{c['value']:.2f}" for c in row)]
-                for name, row in zip(names, cells, strict=True)
+                [str(site), *("" if c["value"] is None else f"{c['value']:.2f}" for c in row)]
+                for site, row in zip(rows, cells, strict=True)
             ],
         ),
     )
+
+
+def _site(site: Site) -> dict[str, Any]:
+    return {"name": str(site), "family": site.family, "layer": site.layer}
 
 
 def _finite(value: float | None) -> float | None:
@@ -92,8 +99,9 @@ def _cell(pair: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts(summary: Mapping[str, Any]) -> list[list[str]]:
-    return [
+    facts = [
         ["result", str(summary["name"])],
         ["rows", f"{summary['n_rows_read']:,} of {summary['n_rows']:,} ({summary['rows']})"],
         ["widest 95 % interval, this store", f"± {summary['half_width']:.4f}"],
     ]
+    return [*facts, ["warning", summary["warning"]]] if "warning" in summary else facts

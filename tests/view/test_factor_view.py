@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+import actstore
 from actstore.decompose import Factors, nmf
 from actstore.errors import ArgumentError, RowNotFound
 from actstore.store import FIRST, SPECIAL, CoreStore
 from actstore.view import View, factor_view
+from actstore.view.quantised import quantised
+from actstore.view.standing_out import N_NEURONS, STEP, standing_out
 from tests.browser import Browser
+from tests.captured import content
 from tests.synthetic import synthetic_store
 from tests.view.text_store import text_store, words
 
@@ -171,11 +176,88 @@ def test_factors_carry_what_the_result_says(store: CoreStore, factors: Factors) 
         assert entry["share"] == pytest.approx(row["share"], rel=1e-3)
         assert sum(entry["sites"]) == pytest.approx(1, abs=1e-2)
         best = next(e for e in exemplars if (e["factor"], e["side"], e["rank"]) == (k, "top", 1))
-        ((name, rows),) = entry["exemplars"]
-        assert (name, rows[0]["row_id"]) == ("Highest", best["row_id"])
+        groups = dict(entry["exemplars"])
+        assert list(groups) == ["Highest", "Highest, one a window", "Quantile bins", "At random"]
+        assert groups["Highest"][0]["row_id"] == best["row_id"]
+        for rows in groups.values():
+            values = factors.scores([row["row_id"] for row in rows])[:, k]
+            assert [row["value"] for row in rows] == pytest.approx(values.tolist(), rel=1e-3)
         for site, _, neurons in entry["neurons"]:
             loadings = factors.loadings_of(view.data["sites"][site]["name"])[k]
             assert neurons[0][0] == int(loadings.argmax())
+
+
+def test_profiles_are_those_of_the_scores(store: CoreStore, factors: Factors) -> None:
+    """Means over positions, documents and token types are of the factor's own scores there."""
+    tokens = pa.concat_tables([store.tokens(segment) for segment in store.committed])
+    scores = np.concatenate([factors.scores_of_segment(segment) for segment in store.committed])
+    texts = dict(
+        zip(*(store.vocabulary.column(c).to_pylist() for c in ("token_id", "text")), strict=True)
+    )
+    held = ~np.isnan(scores[:, 0])
+    columns = {
+        name: tokens.column(name).to_numpy()[held] for name in ("position", "document", "token_id")
+    }
+    names = np.array([texts[token_id] for token_id in columns["token_id"].tolist()])
+    for entry in factor_view(store, factors).data["factors"]:
+        mine = scores[held, entry["factor"]].astype(np.float64)
+        for position, mean in entry["positions"]:
+            here = mine[columns["position"] == position].mean()
+            assert mean == pytest.approx(here, rel=1e-3, abs=1e-9)
+        for row in entry["documents"]:
+            here = mine[columns["document"] == row["document"]]
+            assert (row["n"], row["mean"]) == (len(here), pytest.approx(here.mean(), rel=1e-3))
+            assert row["source"] == store.document(row["document"])["source"]
+        for rows in entry["types"].values():
+            for text, n, mean, lift, share in rows:
+                here = mine[names == text]
+                assert (n, mean) == (len(here), pytest.approx(here.mean(), rel=1e-3))
+                assert lift == pytest.approx(here.mean() / mine.mean(), rel=1e-2)
+                assert share == pytest.approx((here**2).sum() / (mine**2).sum(), rel=1e-3)
+
+
+def test_signed_scores_keep_their_sign(store: CoreStore, factors: Factors) -> None:
+    """Where a score is below zero, one byte keeps sign and size, and zero is zero."""
+    scores = np.array([[-2.0, 0.0], [1.0, 0.5], [np.nan, 0.25]], np.float32)
+    codes = quantised(scores, [2.0, 0.5], signed=True)
+    roots = (codes.astype(np.float64) - 128) / 127
+    seen = np.where(codes == 0, np.nan, np.array([2.0, 0.5]) * roots * np.abs(roots))
+    np.testing.assert_allclose(seen, scores, atol=0.01)
+    assert seen[0, 1] == 0
+
+
+def test_neurons_that_stand_out_are_those_furthest_above_their_means(
+    hostile_store: actstore.Store,
+) -> None:
+    """The kept neurons of each token are the first three by deviation, over all sites."""
+    infos = hostile_store.select("mlp_post")
+    row_ids = np.arange(3, 40)
+    usable = np.arange(37) % 5 > 0
+    codes = standing_out(hostile_store, infos, row_ids, usable)
+    assert codes is not None
+    columns = []
+    for info in infos:
+        values = hostile_store[info.site][row_ids].astype(np.float64)
+        known = content(hostile_store, str(info.site))[1].astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns.append(np.nan_to_num((values - known.mean(0)) / known.std(0), posinf=0))
+    above = np.concatenate(columns, axis=1)
+    numbers = codes[..., :3].astype(np.int64) @ [1, 256, 65536]
+    deviations = codes[..., 3] * STEP
+    for row in range(37):
+        if usable[row]:
+            best = np.sort(above[row])[::-1][:N_NEURONS]
+            np.testing.assert_allclose(deviations[row], best, atol=STEP / 2 + 1e-3)
+            np.testing.assert_allclose(above[row, numbers[row]], best, atol=1e-3)
+        else:
+            assert not deviations[row].any()
+
+
+def test_factors_of_other_sites_are_not_compared(store: CoreStore, factors: Factors) -> None:
+    """Loadings over different neurons have no cosine: it says which sites are needed."""
+    other = nmf(store, ["mlp_post.0"], 2)
+    with pytest.raises(ArgumentError, match=r"compare = '.*' is of mlp_post.0; expected factors"):
+        factor_view(store, factors, other=other)
 
 
 def test_a_page_of_ten_factors_and_fifty_documents_is_small(tmp_path: Path) -> None:
@@ -316,6 +398,141 @@ def test_documents_switch_and_a_word_is_found(page: Browser) -> None:
     assert page.evaluate(f"{ROOT}.querySelectorAll('.picker option').length") == 1
     hit = page.evaluate(f"[...{ROOT}.querySelectorAll('.hit')].map(s => s.textContent).join('')")
     assert hit == "committee"
+
+
+def _select_span(browser: Browser, first: int, last: int) -> None:
+    """Drag the mouse over the text from one token to another."""
+    browser.evaluate(f"{ROOT}.querySelector('.text').scrollIntoView()")
+    boxes = browser.evaluate(
+        f"(s => [s[{first}], s[{last}]].map(n => n.getClientRects()[0]).map(r => "
+        f"[r.left, r.right, r.top + r.height / 2]))([...{ROOT}.querySelectorAll('.text span')])"
+    )
+    browser.drag((boxes[0][0] + 1, boxes[0][2]), (boxes[1][1] - 1, boxes[1][2]))
+
+
+@pytest.mark.browser
+def test_a_span_says_which_factors_stand_out(
+    page: Browser, store: CoreStore, factors: Factors
+) -> None:
+    """Dragging over words ranks the factors by their mean there, in deviations above all."""
+    view = factor_view(store, factors)
+    _select_span(page, 1, 4)
+    chosen = page.evaluate(f"[...{ROOT}.querySelectorAll('.text .span')].map(n => n.textContent)")
+    assert chosen == ["keys", "to", "the", "cabine"]
+    assert _text(page, ".found h4").startswith("What stands out at 4 tokens")
+    scores = factors.scores(np.array(_row_ids(view.data["documents"][0])))[1:5]
+    known = [(entry["mean"], entry["std"]) for entry in view.data["factors"]]
+    above = [(np.nanmean(scores[:, k]) - m) / s for k, (m, s) in enumerate(known)]
+    expected = [k for k in np.argsort(above)[::-1].tolist() if above[k] > 0]
+    said = page.evaluate(f"[...{ROOT}.querySelectorAll('.found button')].map(n => n.textContent)")
+    assert said == [f"factor {k}" for k in expected]
+    page.evaluate(f"{ROOT}.querySelector('.found button').click()")
+    assert _text(page, "h3").startswith(f"Factor {expected[0]}")
+
+
+@pytest.mark.browser
+def test_a_span_is_selected_by_the_keyboard_too(page: Browser) -> None:
+    """Shift and the arrow keys select tokens, and what stands out is said."""
+    page.evaluate(f"{ROOT}.querySelector('.text').focus()")
+    page.press("ArrowRight")
+    page.press("ArrowRight", shift=True)
+    page.press("ArrowRight", shift=True)
+    chosen = page.evaluate(f"[...{ROOT}.querySelectorAll('.text .span')].map(n => n.textContent)")
+    assert chosen == ["The", "keys", "to"]
+    assert _text(page, "[aria-live]").startswith("What stands out at 3 tokens: ")
+
+
+@pytest.mark.browser
+def test_neurons_of_a_span_are_named(
+    browser: Browser, hostile_store: actstore.Store, tmp_path: Path
+) -> None:
+    """With stored activations a span names neurons, and they are the store's own."""
+    factors = hostile_store.factors("words")
+    browser.viewport(1280, 900)
+    browser.open(factors.to_html(tmp_path / "factors.html"))
+    browser.evaluate(f"{ROOT}.querySelector('.text').focus()")
+    for _ in range(4):
+        browser.press("ArrowRight")
+    browser.press("ArrowRight", shift=True)
+    browser.press("ArrowLeft", shift=True)
+    first = "[...{}.querySelectorAll('.found .grid')].at(-1).querySelector('tbody th').textContent"
+    name = browser.evaluate(first.format(ROOT))
+    assert "What stands out at 1 token" in _text(browser, "[aria-live]")
+    (document, *_) = factors.view().data["documents"]
+    # The keyboard goes over what has text of its own: a later byte of a character has none.
+    visible = [place for place, length in enumerate(document["cuts"][1::2]) if length]
+    assert visible[4] == visible[3] + 1
+    row_id = _row_ids(document)[visible[3]]
+    best = {}
+    for info in factors.sites:
+        known = content(hostile_store, str(info.site))[1].astype(np.float64)
+        value = hostile_store[info.site][[row_id]][0].astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            above = np.nan_to_num((value - known.mean(0)) / known.std(0), posinf=0)
+        best[float(above.max())] = f"{info.site}:{above.argmax()}"
+    assert name == best[max(best)]
+
+
+@pytest.mark.browser
+def test_two_factors_and_two_fits_are_compared(
+    browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path
+) -> None:
+    """The text takes the difference of two factors; each factor names its nearest elsewhere."""
+    other = nmf(store, ["mlp_post"], 3, seed=5)
+    view = factor_view(store, factors, other=other)
+    browser.viewport(1280, 900)
+    browser.open(view.to_html(tmp_path / "factors.html"))
+    browser.evaluate(
+        f"(s => {{ s.value = '2'; s.dispatchEvent(new Event('change')) }})"
+        f"({ROOT}.querySelector('.detail select'))"
+    )
+    assert "Factor 0 less factor 2" in _text(browser, ".legend")
+    levels = browser.evaluate(
+        f"[...{ROOT}.querySelectorAll('.text span')]"
+        ".map(s => +getComputedStyle(s).getPropertyValue('--s'))"
+    )
+    scores = np.nan_to_num(_scores(view, 0)) / [entry["scale"] for entry in view.data["factors"]]
+    expected = np.clip(scores[:, 0] - scores[:, 2], -1, 1)
+    np.testing.assert_allclose(levels, expected, atol=1 / 127)
+    assert min(levels) < 0 < max(levels)
+    cosines = factors.loadings @ other.loadings.T
+    cosines /= np.linalg.norm(factors.loadings, axis=1)[:, None]
+    cosines /= np.linalg.norm(other.loadings, axis=1)
+    tables = browser.evaluate(
+        f"[...{ROOT}.querySelectorAll('.detail .grid')].map(t => t.textContent)"
+    )
+    (there,) = [table for table in tables if table.startswith("factor there")]
+    best = int(cosines[0].argmax())
+    assert there.split("effective neurons")[1].startswith(f"{best}{cosines[0].max():.3f}")
+    assert browser.errors == []
+
+
+@pytest.mark.browser
+def test_stability_and_other_badges_are_shown(
+    browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path
+) -> None:
+    """A factor's badges stand beside it with their numbers, those of its own result alone."""
+    for of, stable in ((factors.name, [True, False, True, True]), ("another", [False] * 4)):
+        with store.new_result("stability", None, {}) as writer:
+            table = {
+                "factor": list(range(4)),
+                "split_cosine": [0.97, 0.4, 0.98, 0.99],
+                "seed_cosine": [0.9] * 4,
+                "null_cosine": [0.2] * 4,
+                "runner_up_cosine": [0.3] * 4,
+                "stable": stable,
+            }
+            writer.write_table("factor_stability", pa.table(table))
+            writer.finish({"factors": of, "n_components": 4, "n_stable": 3})
+    browser.viewport(1280, 900)
+    browser.open(factor_view(store, factors).to_html(tmp_path / "factors.html"))
+    badges = browser.evaluate(
+        f"[...{ROOT}.querySelectorAll('.factor')].map(n => n.querySelector('.badge:last-of-type')"
+        ".textContent)"
+    )
+    assert badges == ["stable", "not stable", "stable", "stable"]
+    browser.evaluate(f"{ROOT}.querySelector('#factor-1').click()")
+    assert "cosine 0.40 between fits to other documents, 0.30 by chance" in _text(browser, "h3")
 
 
 @pytest.mark.browser

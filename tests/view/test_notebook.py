@@ -8,6 +8,7 @@ import nbformat
 import psutil
 import pytest
 
+import actstore
 from actstore.decompose import Factors
 from actstore.errors import ActstoreError, ArgumentError
 from actstore.store import CoreStore
@@ -62,6 +63,23 @@ def test_the_notebook_of_factors_opens_the_store_and_shows_the_view(
     assert "actstore.open('store')" in "".join(code[0]["source"])
     html = ["".join(o["data"].get("text/html", "")) for c in code for o in c["outputs"]]
     assert any("data-actstore-view" in page for page in html)
+
+
+def test_notebooks_of_a_neuron_and_of_a_store_show_their_views(
+    hostile_store: actstore.Store,
+) -> None:
+    """Run in fresh kernels, both keep their views, and no text of the corpus became markup."""
+    folder = hostile_store.path.parent
+    neuron = hostile_store.neuron("mlp_post.1", 7, by="position % 2")
+    for made in (
+        neuron.to_notebook(folder / "neuron.ipynb"),
+        hostile_store.to_notebook(folder / "overview.ipynb"),
+    ):
+        notebook = nbformat.read(made, as_version=4)
+        pages = [o.data.get("text/html", "") for c in notebook.cells for o in c.get("outputs", [])]
+        (page,) = [page for page in pages if "data-actstore-view" in page]
+        assert page.count("<script") == 1
+    assert "by='position % 2'" in (folder / "neuron.ipynb").read_text(encoding="utf-8")
 
 
 def test_no_kernel_is_left_running(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from .conftest import HOSTILE
 
 
 def _view(text: str = "plain") -> View:
-    data = {"sites": [], "cells": [], "measure": text, "facts": [["model", text]]}
+    data = {"rows": [], "columns": [], "cells": [], "measure": text, "facts": [["model", text]]}
     return View(text, "similarity", data, PlainTable(text, ["site", text], [[text, text]]))
 
 

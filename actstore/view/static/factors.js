@@ -255,7 +255,7 @@ function draw(view, data) {
   // The neurons of a factor with the largest loadings, whatever their site.
   const strongNeurons = (factor) => factor.neurons
     .flatMap(([site, , neurons]) => neurons.map(([neuron, loading]) => [loading, `${sites[site].name}:${neuron}`]))
-    .sort((a, b) => b[0] - a[0]).slice(0, 3).map(([, name]) => el("span", { class: "neuron" }, name));
+    .sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 3).map(([, name]) => el("span", { class: "neuron" }, name));
 
   // What the mouse, or a finger, selected: in a shadow tree browsers tell of it in different ways.
   function selectedRange() {

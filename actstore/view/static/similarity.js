@@ -2,15 +2,17 @@
 // the arrow keys and says its value, interval and warnings.
 
 function draw(view, data) {
-  const { sites, cells, measure } = data;
+  const { rows, columns, cells, measure } = data;
   const tip = new Tip(view);
-  const n = sites.length;
-  const groups = [];
-  for (const site of sites) {
-    if (groups.at(-1)?.family === site.family) groups.at(-1).size++;
-    else groups.push({ family: site.family, size: 1 });
+  const starts = (k) => (k > 0 && columns[k].family !== columns[k - 1].family ? " starts" : "");
+  function groupsOf(sites) {
+    const groups = [];
+    for (const site of sites) {
+      if (groups.at(-1)?.family === site.family) groups.at(-1).size++;
+      else groups.push({ family: site.family, size: 1 });
+    }
+    return groups;
   }
-  const starts = (j) => (j > 0 && sites[j].family !== sites[j - 1].family ? " starts" : "");
 
   const interval = ([low, high]) => `${low.toFixed(3)} to ${high.toFixed(3)}`;
   function describe(i, j) {
@@ -26,7 +28,7 @@ function draw(view, data) {
     return note ? [...lines, `\u26a0 ${note}`] : lines;
   }
 
-  const nodes = sites.map((row, i) => sites.map((column, j) => {
+  const nodes = rows.map((row, i) => columns.map((column, j) => {
     const { value, note } = cells[i][j];
     const level = Math.max(0, Math.min(1, value ?? 0));
     const node = el("td", {
@@ -38,21 +40,21 @@ function draw(view, data) {
   }));
   const bodies = [];
   let first = 0;
-  for (const group of groups) {
+  for (const group of groupsOf(rows)) {
     bodies.push(el("tbody", {}, ...nodes.slice(first, first + group.size).map((row, k) =>
       el("tr", { role: "row" },
         ...(k ? [] : [el("th", { scope: "rowgroup", rowspan: group.size, class: "group" }, group.size > 1 ? group.family : "")]),
-        el("th", { scope: "row" }, group.size > 1 ? String(sites[first + k].layer) : sites[first].name), ...row))));
+        el("th", { scope: "row" }, group.size > 1 ? String(rows[first + k].layer) : rows[first].name), ...row))));
     first += group.size;
   }
   let j = 0;
-  const groupHeads = groups.map((group) => {
+  const groupHeads = groupsOf(columns).map((group) => {
     const head = el("th", { scope: "colgroup", colspan: group.size, class: "group" + starts(j) },
       group.size > 2 ? group.family : el("span", { class: "thin" }, group.family));
     j += group.size;
     return head;
   });
-  const columnHeads = sites.map((site, k) => el("th", { scope: "col", class: starts(k), "aria-label": site.name }));
+  const columnHeads = columns.map((site, k) => el("th", { scope: "col", class: starts(k), "aria-label": site.name }));
   const table = el("table", { role: "grid", "aria-label": `${data.title}; arrow keys go from cell to cell` },
     el("thead", {}, el("tr", {}, el("td", { class: "corner", colspan: "2" }), ...groupHeads),
       el("tr", {}, el("td", { class: "corner", colspan: "2" }, "layer"), ...columnHeads)),
@@ -64,7 +66,7 @@ function draw(view, data) {
     return i < 0 ? null : [i, nodes[i].indexOf(node)];
   }
   function point(i, k, voice) {
-    tip.show(nodes[i][k], el("b", {}, `${sites[i].name} and ${sites[k].name}`),
+    tip.show(nodes[i][k], el("b", {}, `${rows[i].name} and ${columns[k].name}`),
       ...describe(i, k).map((line) => el("div", {}, line)));
     if (voice) tip.say(nodes[i][k].getAttribute("aria-label"));
   }
@@ -84,7 +86,7 @@ function draw(view, data) {
     const by = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
     if (!at || !by) return;
     event.preventDefault();
-    const to = at.map((x, axis) => Math.max(0, Math.min(n - 1, x + by[axis])));
+    const to = at.map((x, axis) => Math.max(0, Math.min((axis ? columns : rows).length - 1, x + by[axis])));
     nodes[at[0]][at[1]].tabIndex = -1;
     nodes[to[0]][to[1]].tabIndex = 0;
     nodes[to[0]][to[1]].focus();
@@ -92,7 +94,7 @@ function draw(view, data) {
 
   // Cells as large as the width and one screen allow; values stand in them where they can be read.
   function fit() {
-    const size = Math.max(9, Math.min(64, Math.floor(640 / n), Math.floor((view.clientWidth - 76) / n) - 1));
+    const size = Math.max(9, Math.min(64, Math.floor(640 / rows.length), Math.floor((view.clientWidth - 76) / columns.length) - 1));
     table.style.setProperty("--cell", `${size}px`);
     nodes.forEach((row, i) => row.forEach((node, k) => {
       const { value } = cells[i][k];
@@ -100,7 +102,7 @@ function draw(view, data) {
       node.textContent = size < 32 ? digits.replace("0.", ".").replace(".00", "").replace("1.00", "1") : digits;
     }));
     columnHeads.forEach((head, k) => {
-      head.textContent = size >= 14 || sites[k].layer % 5 === 0 ? String(sites[k].layer) : "";
+      head.textContent = size >= 14 || columns[k].layer % 5 === 0 ? String(columns[k].layer) : "";
     });
     table.style.fontSize = size < 26 ? "9px" : "11px";
   }
