@@ -9,7 +9,6 @@ from typing import Any
 import numpy.typing as npt
 
 from actstore import decompose
-from actstore.capturing import capture_alike
 from actstore.decompose import Projection, Stability
 from actstore.query import Condition, Database
 from actstore.store import Rows
@@ -117,6 +116,9 @@ class Factors(decompose.Factors):
         ModelError, StoreMismatch
             If the model cannot be loaded, or is another.
         """
+        # Here: it loads transformers, which a look at factors does not need.
+        from actstore.capturing import capture_alike
+
         sites = [info.site for info in self.sites]
         options = {"model": model, "tokenizer": tokenizer, "device": device, "budget": budget}
         store = capture_alike(self.store, text, sites, **options)
