@@ -1,7 +1,8 @@
-"""The factor page: time to build, its size, first paint, and hover: ``python -m benchmarks.view``.
+"""Pages: time to build, size, first paint, response: ``python -m benchmarks.view``.
 
-10 factors over 50 documents of 1,000 tokens. First paint is measured beside a bare page of one of
-the texts, in the same browser, alternating; a hover is the time from the pointer's event to the end
+The factor page of 10 factors over 50 documents of 1,000 tokens, with the neurons that stand out at
+each of them, and the page of a neuron of that store.  First paint is measured beside a bare page of
+one of the texts, in the same browser, alternating; a response is the time from an event to the end
 of the layout it causes.
 """
 
@@ -12,17 +13,16 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from actstore.decompose import Factors, nmf
-from actstore.view import factor_view
+import actstore
+from benchmarks._inputs import RandomText
 from tests.browser import Browser, find_chromium
-from tests.synthetic import synthetic_store
+from tests.toys import toy_model
 
 _PAINT = """new Promise((resolve) => new PerformanceObserver((list) => {
   for (const entry of list.getEntriesByName('first-contentful-paint')) resolve(entry.startTime);
@@ -39,20 +39,43 @@ _HOVER = """(() => {
 })()"""
 
 
-def made_up_factors(folder: Path, n_documents: int, n_tokens: int) -> Factors:
-    """Return ten factors of a store of made-up documents."""
-    rng = np.random.default_rng(0)
-    n_rows = n_documents * n_tokens
-    scores = rng.gamma(0.2, 1.0, (n_rows, 10))
-    values = scores @ rng.gamma(0.2, 1.0, (10, 64)) + rng.gamma(0.1, 0.1, (n_rows, 64))
-    store = synthetic_store(
+_DOCUMENT = """(() => {
+  const root = document.querySelector('[data-actstore-view]').shadowRoot;
+  const select = root.querySelector('.picker select');
+  return [...select.options].slice(1, 6).map((option) => {
+    const start = performance.now();
+    select.value = option.value;
+    select.dispatchEvent(new Event('change'));
+    root.querySelector('.text').offsetHeight;
+    return performance.now() - start;
+  });
+})()"""
+
+
+def captured(folder: Path, n_documents: int, n_tokens: int) -> actstore.Store:
+    """Return a store of a toy model over random texts, and ten factors of its 192 neurons."""
+    module, tokenizer = toy_model("gpt2")
+    store = actstore.capture(
+        module,
+        RandomText(n_documents, n_tokens),
         folder,
-        {f"mlp_post.{layer}": values[:, 16 * layer : 16 * (layer + 1)] for layer in range(4)},
-        documents=[n_tokens] * n_documents,
+        tokenizer=tokenizer,
         context=256,
-        segment_rows=8192,
+        max_document_tokens=n_tokens,
     )
-    return nmf(store, "mlp_post", 10)
+    store.nmf("mlp_post", 10, name="ten")
+    return store
+
+
+def _built(make: Callable[[], Path], repeats: int) -> tuple[Path, str, str]:
+    """Return a page, the median time to build it, and its size."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        page = make()
+        times.append(time.perf_counter() - started)
+    size = f"{page.stat().st_size / 1e6:.2f} MB"
+    return page, f"{statistics.median(times):.2f} s, worst {max(times):.2f}", size
 
 
 def measure(n_documents: int, n_tokens: int, repeats: int) -> Table:
@@ -60,20 +83,19 @@ def measure(n_documents: int, n_tokens: int, repeats: int) -> Table:
     rows: list[tuple[str, str, str, str]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        factors = made_up_factors(folder / "store", n_documents, n_tokens)
-        builds = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            page = factor_view(factors.store, factors).to_html(folder / "factors.html")
-            builds.append(time.perf_counter() - started)
-        rows.append(("build and write", f"{statistics.median(builds):.2f} s", "", "2 s"))
-        rows.append(("size", f"{page.stat().st_size / 1e6:.2f} MB", "", "3 MB"))
+        store = captured(folder / "store", n_documents, n_tokens)
+        factors = store.factors("ten")
+        page, seconds, size = _built(lambda: factors.to_html(folder / "factors.html"), repeats)
+        rows += [("build and write", seconds, "", "2 s"), ("size", size, "", "3 MB")]
+        neuron = store.neuron("mlp_post.1", 7)
+        other, seconds, size = _built(lambda: neuron.to_html(folder / "neuron.html"), repeats)
+        rows += [("neuron: build and write", seconds, "", ""), ("neuron: size", size, "", "")]
         if find_chromium() is None:
-            rows.append(("first paint, hover", "no chromium", "", ""))
+            rows.append(("first paint, responses", "no chromium", "", ""))
         else:
             bare = folder / "bare.html"
-            bare.write_text(f"<!DOCTYPE html><p>{factors.store.document(0)['text']}")
-            paints: dict[Path, list[float]] = {page: [], bare: []}
+            bare.write_text(f"<!DOCTYPE html><p>{store.document(0)['text']}")
+            paints: dict[Path, list[float]] = {page: [], other: [], bare: []}
             with Browser() as browser:
                 browser.viewport(1280, 900)
                 for _ in range(repeats):
@@ -81,12 +103,13 @@ def measure(n_documents: int, n_tokens: int, repeats: int) -> Table:
                         browser.open(path)
                         times.append(browser.evaluate(_PAINT))
                 browser.open(page)
-                hovers = browser.evaluate(_HOVER)
-            ours, theirs = (statistics.median(times) for times in paints.values())
-            ratio = f"{ours / theirs:.1f} x bare text"
-            rows.append(("first paint", f"{ours:.0f} ms", ratio, "1,000 ms"))
-            hover = f"{statistics.median(hovers):.1f} ms, worst {max(hovers):.1f}"
-            rows.append(("hover", hover, "", "50 ms"))
+                hovers, documents = browser.evaluate(_HOVER), browser.evaluate(_DOCUMENT)
+            first, second, base = (statistics.median(times) for times in paints.values())
+            for name, ours in (("first paint", first), ("neuron: first paint", second)):
+                rows.append((name, f"{ours:.0f} ms", f"{ours / base:.1f} x bare text", "1,000 ms"))
+            for name, times in (("hover", hovers), ("another document", documents)):
+                said = f"{statistics.median(times):.1f} ms, worst {max(times):.1f}"
+                rows.append((name, said, "", "50 ms" if name == "hover" else ""))
     table = Table(title=f"10 factors x {n_documents} documents x {n_tokens:,} tokens")
     for column in ("what", "measured", "ratio", "at most"):
         table.add_column(column)
