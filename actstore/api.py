@@ -376,8 +376,87 @@ class Store(CoreStore):
         )
         return Factors(self, result.result)
 
-    def factors(self, name: str | None = None) -> Factors:
-        """Return the factors of an earlier `nmf` by name; without one, the newest.
+    def pca(
+        self,
+        sites: Sites = "mlp_post",
+        n_components: int = 10,
+        *,
+        scale: str | None = None,
+        rows: str = "content",
+        name: str | None = None,
+        budget: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Factors:
+        """Find the principal components of sites, exactly, and keep them.
+
+        See Also
+        --------
+        actstore.decompose.pca : cost, all parameters.
+        sklearn.decomposition.PCA : in memory.
+        """
+        from actstore.decompose import pca
+        from actstore.view import Factors
+
+        found = pca(
+            self,
+            sites,
+            as_count("n_components", n_components, 1),
+            scale=scale,
+            rows=self._rows(rows),
+            name=name,
+            budget=budget,
+            progress=progress,
+        )
+        return Factors(self, found.result)
+
+    def ica(
+        self,
+        sites: Sites = "mlp_post",
+        n_components: int = 10,
+        *,
+        scale: str | None = None,
+        rows: str = "content",
+        seed: int = 0,
+        max_iterations: int = 200,
+        tolerance: float = 1e-4,
+        name: str | None = None,
+        budget: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Factors:
+        """Find independent components of sites by FastICA, and keep them.
+
+        See Also
+        --------
+        actstore.decompose.ica : cost, all parameters.
+        sklearn.decomposition.FastICA : in memory.
+        """
+        from actstore.decompose import ica
+        from actstore.view import Factors
+
+        found = ica(
+            self,
+            sites,
+            as_count("n_components", n_components, 1),
+            scale=scale,
+            rows=self._rows(rows),
+            seed=as_count("seed", seed, 0),
+            max_iterations=as_count("max_iterations", max_iterations, 1),
+            tolerance=tolerance,
+            name=name,
+            budget=budget,
+            progress=progress,
+        )
+        return Factors(self, found.result)
+
+    def factors(self, name: str | None = None, kind: str = "nmf") -> Factors:
+        """Return the factors of an earlier `nmf`, `pca` or `ica` by name; by default the newest.
+
+        Parameters
+        ----------
+        name : str, optional
+            Name of the result.
+        kind : {"nmf", "pca", "ica"}
+            What computed them.
 
         Raises
         ------
@@ -386,7 +465,7 @@ class Store(CoreStore):
         """
         from actstore.view import Factors
 
-        return Factors(self, self.result("nmf", name))
+        return Factors(self, self.result(kind, name))
 
     def similarity(
         self,

@@ -469,6 +469,48 @@ def nmf(store: Path, form: str | None, components: int, scale: str, **options: A
     _echo_factors(factors, form)
 
 
+def linear_options(command: Command) -> Command:
+    """Add the options of ``pca`` and ``ica``."""
+    options = [
+        click.argument("store", type=click.Path(path_type=Path)),
+        click.option("--sites", multiple=True, default=["mlp_post"], show_default=True),
+        click.option("--components", default=10, help="How many.", show_default=True),
+        click.option("--scale", type=click.Choice(["site", "none"]), default="none"),
+        click.option("--rows", default="content", help="content, all, or an SQL condition."),
+        click.option("--name", help="Name of the result; never overwritten."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return budget_option(format_option(command))
+
+
+@main.command(epilog=example("actstore pca actstore-demo/store --sites mlp_post.5"))
+@linear_options
+def pca(store: Path, form: str | None, components: int, scale: str, **options: Any) -> None:
+    """Find the principal components of sites of STORE, exactly."""
+    import actstore
+
+    scaled = None if scale == "none" else scale
+    with Bars() as progress:
+        opened = actstore.open(store)
+        found = opened.pca(n_components=components, scale=scaled, progress=progress, **options)
+    _echo_factors(found, form)
+
+
+@main.command(epilog=example("actstore ica actstore-demo/store --sites mlp_post.5"))
+@linear_options
+@click.option("--seed", default=0, show_default=True)
+def ica(store: Path, form: str | None, components: int, scale: str, **options: Any) -> None:
+    """Find independent components of sites of STORE by FastICA."""
+    import actstore
+
+    scaled = None if scale == "none" else scale
+    with Bars() as progress:
+        opened = actstore.open(store)
+        found = opened.ica(n_components=components, scale=scaled, progress=progress, **options)
+    _echo_factors(found, form)
+
+
 @main.command(epilog=example("actstore stability actstore-demo/store demo --seeds 3"))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("factors", required=False)

@@ -60,6 +60,9 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
     brief = run("nmf", store, "--components", 2, "--name", "brief", "--format", "table").stdout
     assert "brief: 2 factors of mlp_post" in brief
     assert "KKT residual" in brief
+    for command in ("pca", "ica"):
+        (row,) = lines(run(command, store, "--components", 1, "--sites", "mlp_post.1"))
+        assert row["share"] > 0
     again = run("stability", store, "two", "--seeds", 2, "--nulls", 1)
     assert [row["factor"] for row in lines(again)] == [0, 1]
     assert "of 2 factors of 'two' are stable" in again.stderr
@@ -68,7 +71,14 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
         run("export", store, name.split(".")[0], "--to", tmp_path / name)
         assert (tmp_path / name).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     (info,) = lines(run("info", store))
-    made = ["nmf/two", "nmf/brief", "stability/stability-1", "similarity/similarity-1"]
+    made = [
+        "nmf/two",
+        "nmf/brief",
+        "pca/pca-1",
+        "ica/ica-1",
+        "stability/stability-1",
+        "similarity/similarity-1",
+    ]
     assert info["results"] == made
     run("finish", store)
 

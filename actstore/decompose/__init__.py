@@ -1,8 +1,11 @@
 """Decompositions and similarities of sites: every one is a fold over blocks that one scan reads."""
 
+from actstore.decompose.clusters import cluster_neurons
 from actstore.decompose.factors import Factors
+from actstore.decompose.ica import ica
 from actstore.decompose.loader import Batch, Loader
 from actstore.decompose.nmf import nmf
+from actstore.decompose.pca import pca
 from actstore.decompose.project import Projection, project
 from actstore.decompose.shuffle import shuffle
 from actstore.decompose.similarity import MEASURES, Similarity, similarity
@@ -16,7 +19,10 @@ __all__ = [
     "Projection",
     "Similarity",
     "Stability",
+    "cluster_neurons",
+    "ica",
     "nmf",
+    "pca",
     "project",
     "shuffle",
     "similarity",

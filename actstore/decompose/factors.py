@@ -36,7 +36,7 @@ class Factors:
     store : CoreStore
         The store that holds them.
     result : Result
-        A result of the kind ``nmf``.
+        A result of the kind ``nmf``, ``pca`` or ``ica``.
 
     See Also
     --------
@@ -49,15 +49,15 @@ class Factors:
         _ = result.document  # read now: its folder may be replaced by another of the name
 
     @classmethod
-    def open(cls, store: CoreStore, name: str | None = None) -> Self:
-        """Open factors by name; without one, the newest.
+    def open(cls, store: CoreStore, name: str | None = None, kind: str = "nmf") -> Self:
+        """Open factors of a kind by name; without one, the newest.
 
         Raises
         ------
         ResultNotFound
             If the store has none.
         """
-        return cls(store, store.result("nmf", name))
+        return cls(store, store.result(kind, name))
 
     def __repr__(self) -> str:
         return (

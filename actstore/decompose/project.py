@@ -6,6 +6,7 @@ the same model, which is how new text is scored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from actstore.decompose.codes import solve_codes
 from actstore.decompose.factors import Factors
+from actstore.decompose.linear import KINDS, Linear
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.scan import Scan, chosen_rows
 from actstore.errors import ArgumentError, BudgetExceeded, StoreMismatch
@@ -108,39 +110,57 @@ def project(
     store = store or factors.store
     infos = [_alike(store, info) for info in factors.sites]
     space = infos[0].site.space
-    order: Ids | None = None
-    if isinstance(rows, (Rows, str)):
-        chosen = chosen_rows(store, rows, infos)
-    else:
-        wanted, order = np.unique(as_row_ids(rows), return_inverse=True)
-        chosen = _rows_of(store, infos, wanted)
     k, width = factors.loadings.shape
-    n_rows = chosen.n_rows if order is None else len(order)
-    reserved = 4 * k * (chosen.n_rows + n_rows) + 16 * k * width
     budget_bytes = parse_budget(budget)
+    asked = None if isinstance(rows, (Rows, str)) else as_row_ids(rows)
+    order: Ids | None = None
+    if asked is None:
+        chosen = chosen_rows(store, rows, infos)  # type: ignore[arg-type]  # as it was asked
+        reserved = _reserve(chosen.n_rows, k, width, budget_bytes)
+    else:
+        reserved = _reserve(len(asked), k, width, budget_bytes)
+        wanted, order = np.unique(asked, return_inverse=True)
+        chosen = _rows_of(store, infos, wanted)
+    scan = Scan(store, infos, chosen, budget_bytes=budget_bytes, reserved_bytes=reserved)
+    scores_of = _scorer(factors, scan)
+    row_ids = np.empty(chosen.n_rows, np.int64)
+    scores = np.empty((chosen.n_rows, k), np.float32)
+    done = 0
+    for block in scan.ordered():
+        here = slice(done, done + len(block.row_ids))
+        row_ids[here], scores[here] = block.row_ids, scores_of(block.values).numpy()
+        done = here.stop
+    if order is not None:
+        row_ids, scores = row_ids[order], scores[order]
+    return Projection(store, space, row_ids, scores)
+
+
+def _reserve(n_rows: int, k: int, width: int, budget_bytes: int) -> int:
+    """Return what scores, before and after they are put in order, and loadings take."""
+    reserved = 8 * k * n_rows + 16 * k * width
     if reserved > budget_bytes:
         raise BudgetExceeded(
             f"{n_rows:,} rows x {k} factors take {reserved:,} bytes, and the budget is "
             f"{budget_bytes:,}. Pass budget={2 * reserved} or more, or project fewer rows at a "
             "time."
         )
-    scan = Scan(store, infos, chosen, budget_bytes=budget_bytes, reserved_bytes=reserved)
+    return reserved
+
+
+def _scorer(factors: Factors, scan: Scan) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what gives the rows of a block, whose values it changes, their scores."""
+    if factors.result.kind in KINDS:
+        return Linear.of(factors).scores
     scales = factors.summary["site_scales"]
-    matrix = Matrix(scan, [scales[str(info.site)] for info in infos])
+    matrix = Matrix(scan, [scales[str(info.site)] for info in factors.sites])
     loadings = torch.from_numpy(factors.loadings)
     gram = loadings @ loadings.T
-    row_ids = np.empty(chosen.n_rows, np.int64)
-    scores = np.empty((chosen.n_rows, k), np.float32)
-    done = 0
-    for block in scan.ordered():
-        products = loadings @ matrix.clip(block.values).T
-        codes, _ = solve_codes(products, gram, n_sweeps=_SWEEPS, tolerance=_TOLERANCE)
-        here = slice(done, done + len(block.row_ids))
-        row_ids[here], scores[here] = block.row_ids, codes.T.numpy()
-        done = here.stop
-    if order is not None:
-        row_ids, scores = row_ids[order], scores[order]
-    return Projection(store, space, row_ids, scores)
+
+    def solved(values: torch.Tensor) -> torch.Tensor:
+        products = loadings @ matrix.clip(values).T
+        return solve_codes(products, gram, n_sweeps=_SWEEPS, tolerance=_TOLERANCE)[0].T
+
+    return solved
 
 
 def _alike(store: CoreStore, info: SiteInfo) -> SiteInfo:

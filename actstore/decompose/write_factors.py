@@ -72,7 +72,7 @@ def write_factors(writer: ResultWriter, store: CoreStore, found: Found, budget_b
     k, n_sites = found.site_shares.shape
     sites = {
         "factor": np.repeat(np.arange(k, dtype=np.int32), n_sites),
-        **_site_columns(found.infos, np.tile(np.arange(n_sites), k)),
+        **site_columns(found.infos, np.tile(np.arange(n_sites), k)),
         "share": found.site_shares.ravel(),
     }
     writer.write_table("factor_sites", pa.table(sites))
@@ -140,7 +140,7 @@ def _write_responses(
     return {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
 
 
-def _site_columns(infos: Sequence[SiteInfo], number: Ids) -> dict[str, pa.Array]:
+def site_columns(infos: Sequence[SiteInfo], number: Ids) -> dict[str, pa.Array]:
     """Return the columns that name a site, for rows of the sites with the given numbers."""
 
     def words(values: Sequence[str]) -> pa.Array:
@@ -166,7 +166,7 @@ def _write_loadings(writer: ResultWriter, found: Found) -> None:
         number = np.searchsorted(edges, column, side="right") - 1
         table = {
             "factor": (factor + first).astype(np.int32),
-            **_site_columns(found.infos, number),
+            **site_columns(found.infos, number),
             "neuron": (column - edges[number]).astype(np.int32),
             "loading": some[factor, column],
         }

@@ -62,7 +62,7 @@ _SITE = _columns(
     ("layer", "INTEGER", "number of the block, from 0"),
 )
 _RESULT = _columns(
-    ("kind", "VARCHAR", "kind of the result, such as 'nmf'"),
+    ("kind", "VARCHAR", "kind of the result: 'nmf', 'pca', 'ica' …"),
     ("result", "VARCHAR", "name of the result"),
 )
 _EXEMPLAR = _columns(

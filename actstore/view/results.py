@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import pyarrow as pa
 
 from actstore import decompose
 from actstore.decompose import Projection, Stability
@@ -124,6 +125,15 @@ class Factors(decompose.Factors):
         store = capture_alike(self.store, text, sites, **options)
         rule = "all" if self.summary["rows"] == "all" else "content"
         return decompose.project(self, rule, store=store, budget=budget)
+
+    def clusters(self, n_clusters: int, *, seed: int = 0) -> pa.Table:
+        """Cluster neurons that take part in the same factors: site, neuron, cluster, cosine.
+
+        See Also
+        --------
+        actstore.decompose.cluster_neurons : how.
+        """
+        return decompose.cluster_neurons(self, n_clusters, seed=seed)
 
     def stability(
         self,
