@@ -8,11 +8,14 @@ from actstore.decompose.nmf import nmf
 from actstore.decompose.pca import pca
 from actstore.decompose.project import Projection, project
 from actstore.decompose.shuffle import shuffle
-from actstore.decompose.similarity import MEASURES, Similarity, similarity
+from actstore.decompose.similarity import MEASURES, METHODS, VARIANTS, similarity
+from actstore.decompose.similarity_result import Similarity
 from actstore.decompose.stability import Stability, stability
 
 __all__ = [
     "MEASURES",
+    "METHODS",
+    "VARIANTS",
     "Batch",
     "Factors",
     "Loader",

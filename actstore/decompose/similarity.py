@@ -1,137 +1,128 @@
-"""How alike sites are: debiased minibatch linear CKA over all pairs, with an interval.
+"""How alike sites are: one call over a family of measures, and what it leaves behind.
 
-CKA compares the inner products ``K = X Xᵀ`` of rows at one site with those at another: it is
-``HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))``, 1 for equal geometry and near 0 for none in common.
-The plain estimate of HSIC is biased upwards where rows are few beside neurons; Song's is unbiased
-for any number of rows, so the mean over small batches is unbiased too, and a few thousand rows
-answer for a store of any size.  The kernels of a batch serve all pairs.
+Two questions are asked of a pair of sites.  *CKA* asks whether rows that are near each other at one
+are near each other at the other: it keeps angles and distances, and is 1 for a rotation and a
+scale.  The *CCA family* asks what of one can be had from the other by any linear map: mean CCA and
+R2 count all directions alike, SVCCA those that hold most of the variance, PWCCA those that one site
+uses.
 
-A batch must be a random sample of rows.  Neighbouring rows are alike: with runs of 16 rows in a
-batch the intervals held the truth in 26 % of cases.  So a batch takes single rows from anywhere.
-
-The interval speaks of *this store*: the jackknife over batches, corrected for what was read of the
-store already.  It says nothing of other texts; documents differ, and a store has few of them.
-
-References
-----------
-Kornblith, Norouzi, Lee & Hinton, Similarity of neural network representations revisited, ICML 2019.
-Song, Smola, Gretton, Bedo & Borgwardt, Feature selection via dependence maximization, JMLR 13
-(2012), equation 5.  Nguyen, Raghu & Kornblith, Do wide and deep networks learn the same things?,
-ICLR 2021, equations 2 and 3: minibatch CKA.
+All of it comes from what a scan reads: CKA from kernels of mixed batches (`cka`) or from one pass
+of products (`cka_exact`), the CCA family from the same pass (`moments`, `cca`).  Beside every value
+stands what it would be of nothing shared (`nulls`), and the share of variance that a site's largest
+channel has: one channel of MiniLM's resid_post.5 moves CKA from 0.85 to 0.23.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import torch
-from scipy.special import stdtrit
 
-from actstore.decompose.scan import Scan, chosen_rows
+from actstore.decompose import cca, cka_exact
+from actstore.decompose.cka import (
+    BATCH_ROWS,
+    MIN_BATCH_ROWS,
+    MIN_BATCHES,
+    MIN_DOCUMENTS,
+    Estimate,
+    channel_shares,
+    estimate,
+)
+from actstore.decompose.engine import Engine
+from actstore.decompose.moments import Frame, Tile, block_rows, frame_of, tiles
+from actstore.decompose.nulls import shifted_products
+from actstore.decompose.scan import Scan
+from actstore.decompose.similarity_result import Similarity
+from actstore.decompose.subject import Subject
 from actstore.errors import ArgumentError, did_you_mean
-from actstore.site import Site, summarize
-from actstore.store import CoreStore, Result, Rows, SiteInfo
+from actstore.site import Site
+from actstore.store import CoreStore, Rows
 from actstore.store.budget import Progress, parse_budget
 
-MEASURES = ("cka",)
+Ids = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
+MEASURES = ("cka", "cca", "svcca", "pwcca")
 """The measures there are."""
 
-_BATCH_ROWS = 256
-_MIN_BATCH_ROWS = 8
-_MIN_BATCHES = 32
+METHODS = ("estimate", "exact")
+"""How CKA is computed; the others are exact always."""
+
+VARIANTS = ("paper", "svcca")
+"""Whose PWCCA."""
+
 _MAX_BATCHES = 4096
-_LEVEL = 0.95
+_OVERHEAD_BYTES = 1 << 26
 
 
-class Similarity:
-    """Similarities of all pairs of sites; opening them computes nothing.
+@dataclass(frozen=True)
+class _Settings:
+    """What was asked for, checked."""
 
-    Parameters
-    ----------
-    store : CoreStore
-        The store that holds them.
-    result : Result
-        A result of the kind ``similarity``.
+    measure: str
+    method: str
+    variant: str
+    share: float | None
+    principal: float
+    standardize: bool
+    tolerance: float
+    max_batches: int
+    seed: int
 
-    See Also
-    --------
-    actstore.decompose.similarity.similarity : computes them.
-    """
+    def __post_init__(self) -> None:
+        _refuse_unknown("measure", self.measure, MEASURES)
+        _refuse_unknown("method", self.method, METHODS)
+        _refuse_unknown("variant", self.variant, VARIANTS)
+        if self.measure != "cka" and self.method == "estimate":
+            raise ArgumentError(
+                f"method = 'estimate' is for CKA; {self.measure} of few rows is too high, so it is "
+                "computed from all of them. Leave method out, or choose fewer with rows=."
+            )
+        for name, given, measure in (
+            ("variant", self.variant != "paper", "pwcca"),
+            ("share", self.share is not None, "cca"),
+        ):
+            if given and self.measure != measure:
+                raise ArgumentError(
+                    f"{name} = {getattr(self, name)!r} is for measure={measure!r}, and measure is "
+                    f"{self.measure!r}. Leave it out."
+                )
+        if not self.tolerance >= 0:
+            raise ArgumentError(
+                f"tolerance = {self.tolerance} cannot be reached; expected 0 or more."
+            )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ArgumentError(f"share = {self.share} is not between 0 and 1.")
+        whole = isinstance(self.principal, int)
+        if not (self.principal >= 1 if whole else 0 < self.principal <= 1):
+            raise ArgumentError(
+                f"principal = {self.principal} chooses no directions; expected how many, such as "
+                "20, or the share of the variance they hold, such as 0.99."
+            )
 
-    def __init__(self, store: CoreStore, result: Result) -> None:
-        self.store = store
-        self.result = result
 
-    @classmethod
-    def open(cls, store: CoreStore, name: str | None = None) -> Self:
-        """Open similarities by name; without one, the newest.
+@dataclass(frozen=True)
+class _Found:
+    """What a measure says of all pairs."""
 
-        Raises
-        ------
-        ResultNotFound
-            If the store has none.
-        """
-        return cls(store, store.result("similarity", name))
-
-    def __repr__(self) -> str:
-        return (
-            f"<Similarity {self.name!r}: {self.summary['measure']} of "
-            f"{summarize(info.site for info in self.sites)} over {self.summary['n_rows_read']:,} "
-            f"of {self.summary['n_rows']:,} rows of {self.store.path}, "
-            f"± {self.summary['half_width']:.4f}>"
-        )
-
-    @property
-    def name(self) -> str:
-        """Name of the result."""
-        return self.result.name
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """How the similarities were computed, and why it stopped."""
-        return {key: value for key, value in self.result.document.items() if key != "files"}
-
-    @cached_property
-    def sites(self) -> list[SiteInfo]:
-        """The sites, in the order of rows and columns."""
-        return [self.store.site(name) for name in self.summary["sites"]]
-
-    def to_arrow(self) -> pa.Table:
-        """Return one row for every ordered pair of sites, the diagonal included."""
-        return self.result.table("similarity")
-
-    def df(self) -> pd.DataFrame:
-        """Return the same as a pandas DataFrame."""
-        return self.to_arrow().to_pandas()
-
-    @property
-    def matrix(self) -> npt.NDArray[np.float64]:
-        """The similarities, ``(n_sites, n_sites)``; NaN where a site is constant."""
-        return self._square("value")
-
-    @property
-    def low(self) -> npt.NDArray[np.float64]:
-        """Lower ends of the 95 % intervals for this store."""
-        return self._square("low")
-
-    @property
-    def high(self) -> npt.NDArray[np.float64]:
-        """Upper ends of the 95 % intervals for this store."""
-        return self._square("high")
-
-    def _square(self, column: str) -> npt.NDArray[np.float64]:
-        values: npt.NDArray[np.float64] = self.to_arrow().column(column).to_numpy()
-        n_sites = len(self.summary["sites"])
-        return values.reshape(n_sites, n_sites)
+    value: Float64
+    half_width: Float64
+    text_half_width: Float64
+    null: Float64
+    """``(shifts, n_sites, n_sites)``."""
+    max_channel_share: Float64
+    facts: dict[str, Any]
+    ranks: list[int] | None = None
+    extra: dict[str, Float64] | None = None
 
 
 def similarity(
@@ -139,19 +130,27 @@ def similarity(
     sites: str | Site | Iterable[str | Site] | None,
     *,
     measure: str = "cka",
+    method: str | None = None,
     rows: Rows | str = "content",
     tolerance: float = 0.005,
+    standardize: bool = False,
+    other: CoreStore | str | Path | None = None,
+    variant: str = "paper",
+    share: float | None = None,
+    principal: float = 0.99,
     batch_rows: int | None = None,
     max_batches: int = _MAX_BATCHES,
     seed: int = 0,
     name: str | None = None,
     budget: int | str | None = None,
+    client: Any = None,
     progress: Progress | None = None,
 ) -> Similarity:
-    """Estimate how alike all pairs of sites are, and keep the result in the store.
+    """Compute how alike all pairs of sites are, and keep the result in the store.
 
-    Cost: `batch_rows` multiplications for every value read; rows are read until the widest
-    interval is narrow enough, some ten thousand as a rule, whatever the number there is.
+    Cost, with D columns in all: the CKA estimate takes `batch_rows` multiplications for every value
+    read, of some ten thousand rows as a rule; exact CKA and the CCA family take D for every value
+    of every row, one pass, or several where 8 D² bytes exceed the budget.
 
     Parameters
     ----------
@@ -159,127 +158,124 @@ def similarity(
         The store; its committed segments are used.
     sites : str, Site, iterable of these, or None
         Two or more sites of one space, as names or patterns; None means all.
-    measure : {"cka"}, default "cka"
-        Debiased linear CKA.
+    measure : {"cka", "cca", "svcca", "pwcca"}, default "cka"
+        Debiased linear CKA; mean canonical correlation; the same over leading principal directions;
+        the same weighed by what the first site uses, which differs with the order of a pair.
+    method : {"estimate", "exact"}, optional
+        Of CKA: from mixed batches until the intervals are narrow (default), or from all rows.
     rows : Rows or str, default "content"
         The rows to compare on: ``"content"``, ``"all"``, or a set of rows.
     tolerance : float, default 0.005
-        Stop, after 32 batches or more, once no 95 % interval is wider than ± this.
+        Of the estimate: stop, after 32 batches or more, once no 95 % interval for this store is
+        wider than ± this.
+    standardize : bool, default False
+        Divide every column by its standard deviation, so that no channel counts for more than
+        another. One more pass.
+    other : CoreStore, str or Path, optional
+        Another store over the same documents: its sites, chosen by `sites` too, are the second of
+        every pair.  Rows are aligned where tokens end at the same character of a document.
+    variant : {"paper", "svcca"}, default "paper"
+        PWCCA as in the paper, or as google/svcca and Ecco compute it.
+    share : float, optional
+        Of ``"cca"``: mean of the leading correlations that hold this share of their sum; 0.98 is
+        what Ecco does. Default all.
+    principal : int or float, default 0.99
+        Of ``"svcca"``: so many principal directions (int), or those that hold this share of the
+        variance (float).
     batch_rows : int, optional
-        Rows of a batch; by default 256, or fewer where the rows would not fill 32 batches.
+        Rows of a batch of the estimate; by default 256, or fewer where the rows would not fill 32
+        batches.
     max_batches : int, default 4096
-        Stop after so many in any case.
+        Stop the estimate after so many in any case.
     seed : int, default 0
-        Decides which rows are read.
+        Decides which rows are read, and which the null is made of.
     name : str, optional
         Name of the result; by default ``similarity-1`` and so on.
     budget : int or str, optional
         Memory it may take; by default the smaller of 4 GiB and half of what is free.
+    client : distributed.Client, optional
+        Dask workers to read and compute; they must see the store under its path.
     progress : callable, optional
-        Called with (stage, batches done, batches at most).
+        Called with (stage, done, in all): batches of the estimate, rows of a pass.
 
     Returns
     -------
     Similarity
-        Values with intervals.  A debiased value may be slightly negative, and is left so.
+        Values with intervals and nulls.  A debiased value may be slightly negative, and is left so;
+        a site without variance has none, and is named.
 
     Raises
     ------
     ArgumentError
-        If an argument cannot be used, there is one site only, the sites are of two spaces, or the
-        rows do not fill two batches.
+        If an argument cannot be used, there is one site only, the sites are of two spaces, the rows
+        do not fill two batches, or `other` holds other documents.
     SiteNotFound
         If the store does not have a site.
+    StoreNotFound
+        If `other` is no store.
     BudgetExceeded
-        If one batch does not fit the budget.
+        If one batch, or the products of one pair of sites, do not fit the budget.
     NonFiniteActivation
         If a chosen row holds NaN or infinity.
     ResultExists
         If the name is taken.
+
+    See Also
+    --------
+    sklearn.cross_decomposition.CCA : canonical correlations in memory, by iteration.
+
+    References
+    ----------
+    Those of the modules `cka`, `cka_exact`, `cca` and `nulls`.
     """
     began = time.perf_counter()
-    if measure not in MEASURES:
-        raise ArgumentError(
-            f"measure = {measure!r} is unknown; there is {', '.join(MEASURES)}."
-            f"{did_you_mean(measure, MEASURES)}"
-        )
-    if not tolerance >= 0:
-        raise ArgumentError(f"tolerance = {tolerance} cannot be reached; expected 0 or more.")
-    infos = store.select(sites)
-    if len(infos) < 2:
-        raise ArgumentError(
-            f"sites = {str(infos[0].site)!r} is one site; expected two or more to compare. "
-            f"{store.path} has {summarize(store.sites)}."
-        )
-    chosen = chosen_rows(store, rows, infos)
-    if batch_rows is None:
-        batch_rows = min(_BATCH_ROWS, max(_MIN_BATCH_ROWS, chosen.n_rows // _MIN_BATCHES))
-    if batch_rows < _MIN_BATCH_ROWS or max_batches < 2:
-        raise ArgumentError(
-            f"batch_rows = {batch_rows} and max_batches = {max_batches} give no estimate; "
-            f"expected at least {_MIN_BATCH_ROWS} rows and 2 batches."
-        )
-    n_sites = len(infos)
-    scan = Scan(
-        store,
-        infos,
-        chosen,
-        budget_bytes=parse_budget(budget),
-        # Kernels in both precisions, the estimates of all batches, and a centred site.
-        reserved_bytes=20 * n_sites * batch_rows**2
-        + 3 * 8 * max_batches * n_sites**2
-        + 8 * batch_rows * max(info.width for info in infos),
-        seed=seed,
+    settings = _Settings(
+        measure,
+        method or ("estimate" if measure == "cka" else "exact"),
+        variant,
+        share,
+        principal,
+        standardize,
+        tolerance,
+        max_batches,
+        seed,
     )
-    n_batches = min(max_batches, scan.n_rows // batch_rows)
-    if n_batches < 2:
+    if other is not None and not isinstance(other, CoreStore):
+        other = CoreStore(other)
+    if other is not None and client is not None:
         raise ArgumentError(
-            f"batch_rows = {batch_rows} is too many for {scan.n_rows:,} rows ({chosen.rule}) of "
-            f"{store.path}; expected two batches or more. Pass a smaller batch_rows (down to "
-            f"{_MIN_BATCH_ROWS}), rows='all', or capture more segments."
+            "other and client were given; two stores are read together in this process only. "
+            "Leave client= out."
         )
+    subject = Subject.of(store, sites, rows, other, parse_budget(budget), seed)
     writer = store.new_result("similarity", name, {})
-    batches = _Batches(scan, batch_rows)
-    check_at = _MIN_BATCHES
-    stopped = "rows" if n_batches < max_batches else "max_batches"
-    for block in scan.mixed(batch_rows, run_rows=1, limit=n_batches * batch_rows):
-        if len(batches.estimates) == n_batches:
-            break
-        batches.update(block.values)
-        n_done = len(batches.estimates)
-        if progress:
-            progress("cka", n_done, n_batches)
-        if n_done >= check_at:
-            check_at = n_done + max(8, n_done // 8)
-            if np.nanmax(batches.interval().half_width, initial=0.0) <= tolerance:
-                stopped = "tolerance"
-                break
-    interval = batches.interval()
+    engine = Engine(client) if client is not None else Engine.local()
     with writer:
-        writer.write_table("similarity", _table(infos, interval, batches.max_channel_share))
-        widest = float(np.nanmax(interval.half_width, initial=0.0))
+        found = _measure(subject, settings, batch_rows, engine, progress)
+        writer.write_table("similarity", _table(subject, settings, found))
+        unlike = ~np.eye(len(subject.infos), dtype=bool)
+        undefined = np.isnan(np.diagonal(found.value))
         summary = {
             "measure": measure,
-            "sites": [str(info.site) for info in infos],
-            "space": infos[0].site.space,
-            "rows": chosen.rule,
-            "n_rows": scan.n_rows,
-            "n_rows_read": len(batches.estimates) * batch_rows,
-            "batch_rows": batch_rows,
-            "n_batches": len(batches.estimates),
-            "stopped": stopped,
-            "tolerance": tolerance,
-            "half_width": widest,
-            "interval": "95 %, this store: jackknife over batches, finite-population corrected",
+            "method": settings.method,
+            **({"variant": variant} if measure == "pwcca" else {}),
+            **({"share": share} if measure == "cca" else {}),
+            **({"principal": principal} if measure == "svcca" else {}),
+            "standardize": standardize,
+            "sites": [str(info.site) for info in subject.own],
+            "space": subject.own[0].site.space,
+            **subject.of_other(),
+            "rows": subject.rows.rule,
+            "n_rows": subject.rows.n_rows,
+            **found.facts,
+            "half_width": float(np.nanmax(found.half_width[unlike], initial=0.0)),
+            "n_shifts": len(found.null),
             "undefined": {
-                str(info.site): "constant over the rows read: its similarities are NaN"
-                for info, value in zip(infos, np.diagonal(interval.value), strict=True)
-                if math.isnan(value)
+                subject.label(int(i)): "constant over the rows read: its similarities are NaN"
+                for i in np.flatnonzero(undefined)
             },
             "seed": seed,
-            "n_reads": scan.ranked.n_reads,
-            "bytes_read": scan.ranked.bytes_read,
-            "seconds": {"cka": round(time.perf_counter() - began, 3)},
+            "seconds": {measure: round(time.perf_counter() - began, 3)},
             "threads": torch.get_num_threads(),
             "versions": {"numpy": np.__version__, "torch": str(torch.__version__)},
         }
@@ -287,98 +283,336 @@ def similarity(
     return Similarity(store, result)
 
 
+def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ArgumentError(
+            f"{name} = {value!r} is unknown; there is {', '.join(known)}."
+            f"{did_you_mean(str(value), known)}"
+        )
+
+
+def _measure(
+    subject: Subject,
+    settings: _Settings,
+    batch_rows: int | None,
+    engine: Engine,
+    progress: Progress | None,
+) -> _Found:
+    n_rows = subject.rows.n_rows
+    if batch_rows is None:
+        batch_rows = min(BATCH_ROWS, max(MIN_BATCH_ROWS, n_rows // MIN_BATCHES))
+    if batch_rows < MIN_BATCH_ROWS or settings.max_batches < 2:
+        raise ArgumentError(
+            f"batch_rows = {batch_rows} and max_batches = {settings.max_batches} give no estimate; "
+            f"expected at least {MIN_BATCH_ROWS} rows and 2 batches."
+        )
+    n_sites = len(subject.infos)
+    # Kernels of a batch in some copies, or of the null's; contributions by row and by document.
+    reserved = 8 * n_sites * (5 * max(batch_rows, 512) ** 2 + n_sites * (3 * batch_rows + 2048))
+    scan = subject.scan(reserved_bytes=reserved)
+    scan.rows_at_once(batch_rows)  # refuses a budget that is too small before anything is read
+    frame = frame_of(scan, engine, settings.standardize)
+    run = _Run(subject, settings, scan, frame, batch_rows, engine, progress)
+    if settings.measure != "cka":
+        return run.canonical()
+    return run.exact() if settings.method == "exact" else run.estimate()
+
+
 @dataclass(frozen=True)
-class _Interval:
-    value: npt.NDArray[np.float64]
-    half_width: npt.NDArray[np.float64]
+class _Run:
+    """One computation: its scan, its frame, and where it runs."""
 
-
-class _Batches:
-    """The HSIC of all pairs of sites in each batch, and the CKA that follows from all of them."""
-
-    def __init__(self, scan: Scan, batch_rows: int) -> None:
-        self._scan = scan
-        self._batch_rows = batch_rows
-        self._variances = torch.zeros(scan.width, dtype=torch.float64)
-        self.estimates: list[npt.NDArray[np.float64]] = []
-        """HSIC of all pairs, ``(n_sites, n_sites)``, of each batch."""
-
-    def update(self, values: torch.Tensor) -> None:
-        """Take a batch in; it is centred in place."""
-        n = len(values)
-        # The estimate does not change when a constant is added to a column, its rounding does; with
-        # the first row taken off, a constant column is zero to the last bit.
-        values -= values[0].clone()
-        values -= values.mean(0)
-        self._variances += torch.linalg.vector_norm(values, dim=0).double().square()
-        kernels = torch.empty(len(self._scan.columns), n, n, dtype=torch.float64)
-        for kernel, columns in zip(kernels, self._scan.columns.values(), strict=True):
-            site = values[:, columns]
-            kernel.copy_(site @ site.T).fill_diagonal_(0)
-        sums = kernels.sum(2)
-        totals = sums.sum(1)
-        flat = kernels.reshape(len(kernels), -1)
-        hsic = flat @ flat.T
-        hsic += torch.outer(totals, totals) / ((n - 1) * (n - 2))
-        hsic -= sums @ sums.T * (2 / (n - 2))
-        self.estimates.append((hsic / (n * (n - 3))).numpy())
+    subject: Subject
+    settings: _Settings
+    scan: Scan
+    frame: Frame
+    batch_rows: int
+    engine: Engine
+    progress: Progress | None
 
     @property
-    def max_channel_share(self) -> list[float]:
-        """The part of each site's variance that its largest channel has."""
-        shares = []
-        for columns in self._scan.columns.values():
-            variances = self._variances[columns]
-            total = float(variances.sum())
-            shares.append(float(variances.max()) / total if total > 0 else math.nan)
-        return shares
+    def _spans(self) -> list[slice]:
+        return list(self.scan.columns.values())
 
-    def interval(self) -> _Interval:
-        """Return the CKA of all pairs and half the widths of their intervals."""
-        estimates = np.stack(self.estimates)
-        n = len(estimates)
-        total = estimates.sum(0)
-        without = _cka((total - estimates) / (n - 1))
-        spread = (n - 1) / n * np.square(without - without.mean(0)).sum(0)
-        read = n * self._batch_rows / self._scan.n_rows
-        quantile = float(stdtrit(n - 1, (1 + _LEVEL) / 2))
-        return _Interval(_cka(total), quantile * np.sqrt(spread * _unknown(read, self._batch_rows)))
+    # -- CKA -----------------------------------------------------------------------------------
 
+    def estimate(self) -> _Found:
+        """Return CKA from mixed batches."""
+        found = self._batches(self.settings.max_batches, self.settings.tolerance)
+        return _Found(
+            found.value,
+            found.half_width,
+            found.text_half_width,
+            self._null(found.hsic),
+            found.max_channel_share,
+            {
+                "n_rows_read": found.n_rows,
+                "batch_rows": self.batch_rows,
+                "n_batches": found.n_batches,
+                "stopped": found.stopped,
+                "tolerance": self.settings.tolerance,
+                "intervals": {
+                    "store": "95 %: runs of rows resampled, finite-population corrected",
+                    "text": _text_interval(found),
+                },
+            },
+        )
 
-def _unknown(read: float, batch_rows: int) -> float:
-    """Return the part of the variance that is left when a part of the store has been read.
+    def _batches(self, max_batches: int, tolerance: float) -> Estimate:
+        def tell(done: int, n_all: int) -> None:
+            if self.progress:
+                self.progress("batches", done, n_all)
 
-    Were the estimate a mean over rows it would be the rest of the store.  It is a mean over pairs
-    of rows, and pairs across batches stay unseen: with all rows read, on real activations, 8-12 %
-    of the variance was left in batches of 256 rows, 12-18 % of 128, and 26-42 % of 64.
-    """
-    return 1 - read * (1 - min(1.0, 32 / batch_rows))
+        return estimate(
+            self.scan,
+            self.frame,
+            self.engine,
+            self.subject.documents_of,
+            batch_rows=self.batch_rows,
+            max_batches=max_batches,
+            tolerance=tolerance,
+            seed=self.settings.seed,
+            progress=tell,
+        )
 
+    def exact(self) -> _Found:
+        """Return CKA from all rows; from batches what it says of other texts."""
+        free = self._free_bytes()
+        n_rows, width = self.scan.n_rows, self.scan.width
+        if n_rows < 4:
+            raise ArgumentError(
+                f"rows = {self.subject.rows.rule!r} chooses {n_rows} rows of "
+                f"{self.subject.store.path}; debiased CKA needs 4. Pass rows='all', or capture "
+                "more segments."
+            )
+        n_bytes = cka_exact.kernel_bytes(n_rows, width, len(self._spans))
+        if 2 * n_rows <= width and n_bytes <= free:
+            scan = self.subject.scan(reserved_bytes=n_bytes)
+            exact = cka_exact.from_kernels(scan, self.frame, self.engine)
+        else:
+            exact = cka_exact.from_tiles(self._tiles(free), len(self._spans))
+        try:
+            batches = self._batches(MIN_BATCHES, math.inf)
+            text, said = batches.text_half_width, _text_interval(batches)
+        except ArgumentError:  # too few rows for two batches
+            text, said = np.full(exact.value.shape, math.nan), "not given: too few rows"
+        shares = channel_shares(
+            np.concatenate(exact.variances), [slice(s.start, s.stop) for s in self._spans]
+        )
+        zero = np.where(np.isnan(exact.value), math.nan, 0.0)
+        return _Found(
+            exact.value,
+            zero,
+            text,
+            self._null(exact.hsic),
+            shares,
+            {
+                "n_rows_read": n_rows,
+                "side": exact.side,
+                "intervals": {"store": "none: all rows were read", "text": said},
+            },
+            extra={"biased": exact.biased},
+        )
 
-def _cka(hsic: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return CKA from HSIC, ``(…, n_sites, n_sites)``; NaN where a site has no variance."""
-    own = np.diagonal(hsic, axis1=-2, axis2=-1)
-    own = np.where(own > 0, own, np.nan)
-    # The root of the product, since that is exact on the diagonal.
-    found: npt.NDArray[np.float64] = hsic / np.sqrt(own[..., :, None] * own[..., None, :])
-    return found
+    def _null(self, hsic: Float64) -> Float64:
+        def prepare(values: torch.Tensor) -> list[torch.Tensor]:
+            values = self.frame.apply(values)
+            values -= values.mean(0)
+            return [values[:, columns] for columns in self._spans]
 
+        shifted = self._shifted(prepare)
+        own = np.where(np.diagonal(hsic) > 0, np.diagonal(hsic), math.nan)
+        return shifted / np.sqrt(np.outer(own, own)) if len(shifted) else shifted
 
-def _table(
-    infos: Sequence[SiteInfo], interval: _Interval, max_channel_share: Sequence[float]
-) -> pa.Table:
-    """Return all ordered pairs, so that a condition on ``site_a`` finds all partners of a site."""
-    n = len(infos)
-    names = [str(info.site) for info in infos]
-    shares = np.asarray(max_channel_share)
-    return pa.table(
-        {
-            "site_a": np.repeat(names, n),
-            "site_b": names * n,
-            "value": interval.value.ravel(),
-            "low": (interval.value - interval.half_width).ravel(),
-            "high": (interval.value + interval.half_width).ravel(),
-            "max_channel_share_a": np.repeat(shares, n),
-            "max_channel_share_b": np.tile(shares, n),
+    def _shifted(self, prepare: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> Float64:
+        if self.scan.n_rows < 2 * MIN_BATCH_ROWS:
+            return np.empty((0, 0, 0))
+        return shifted_products(self.scan, prepare, self.subject.documents_of, self.settings.seed)
+
+    # -- all rows ------------------------------------------------------------------------------
+
+    def _free_bytes(self) -> int:
+        """Return what products may take, beside the blocks they are made from."""
+        widths = self.subject.widths
+        n_rows = block_rows(sum(widths))
+        blocks = 2 * n_rows * (4 * sum(widths) + 2 * self.scan.ranked.row_bytes)
+        # The directions of all sites, and a decomposition of the widest.
+        small = 8 * (sum(w * w for w in widths) + 8 * max(widths) ** 2)
+        return self.subject.budget_bytes - blocks - small - _OVERHEAD_BYTES
+
+    def _tiles(self, free_bytes: int) -> Iterable[Tile]:
+        def tell(done: int, n_all: int) -> None:
+            if self.progress:
+                self.progress("products", done, n_all)
+
+        return tiles(
+            self.subject.scan,
+            self.subject.widths,
+            [self.frame.of(columns) for columns in self._spans],
+            self.engine,
+            free_bytes=free_bytes,
+            progress=tell,
+        )
+
+    # -- the CCA family ------------------------------------------------------------------------
+
+    def canonical(self) -> _Found:
+        """Return a measure of the CCA family from the moments of all rows."""
+        n_sites = len(self._spans)
+        value, r2 = np.full((2, n_sites, n_sites), math.nan)
+        kept: dict[int, cca.Directions] = {}
+        variances: list[Float64] = [np.empty(0)] * n_sites
+        for tile in self._tiles(self._free_bytes()):
+            for site in tile.rows if tile.rows == tile.columns else ():
+                covariance = tile.moment(site, site) / tile.n
+                variances[site] = np.maximum(np.diagonal(covariance), 0)
+                kept[site] = self._directions(site, covariance, tile.offset(site))
+            for a, b in tile.pairs():
+                cross = tile.moment(a, b) / tile.n
+                both = self._of_pair(kept[a], kept[b], cross)
+                value[a, b], value[b, a], r2[a, b] = both
+                r2[b, a] = r2[a, b]
+        ranks = [kept[site].rank for site in range(n_sites)]
+        weighing = np.where(np.isnan(value), math.nan, 0.0)
+        n_rows = self.scan.n_rows
+        facts: dict[str, Any] = {
+            "n_rows_read": n_rows,
+            "cut": f"variance below {cca.CUT:g} x that of storage rounding",
+            "intervals": {
+                "store": "none: all rows were read",
+                "text": f"not given for {self.settings.measure}",
+            },
         }
-    )
+        if n_rows <= sum(sorted(ranks)[-2:]):
+            facts["warning"] = (
+                f"{n_rows:,} rows are no more than the directions of two sites together: any two "
+                "sites have correlations of 1 then. Compare value with null_mean, or use CKA."
+            )
+        return _Found(
+            value,
+            weighing,
+            np.full(value.shape, math.nan),
+            self._cca_null([kept[site] for site in range(n_sites)]),
+            channel_shares(np.concatenate(variances), self._spans),
+            facts,
+            ranks,
+            {"r2": r2},
+        )
+
+    def _directions(self, site: int, covariance: Float64, offset: Float64) -> cca.Directions:
+        """Return what is kept of a site."""
+        frame = self.frame.of(self._spans[site])
+        shift = frame.shift.double().numpy()
+        scale = np.ones(len(shift)) if frame.scale is None else frame.scale.double().numpy()
+        # Of the values as they are stored.
+        safe = np.where(scale > 0, scale, 1)
+        mean = offset / safe + shift
+        variance = np.diagonal(covariance) / np.square(safe)
+        rounding = cca.rounding_variance(
+            self.subject.infos[site].dtype, mean, np.maximum(variance, 0)
+        )
+        found = cca.directions(covariance, rounding * np.square(scale), mean * scale)
+        if self.settings.measure == "svcca":
+            found = found.leading(self.settings.principal)
+        return found
+
+    def _of_pair(
+        self, a: cca.Directions, b: cca.Directions, cross: Float64
+    ) -> tuple[float, float, float]:
+        """Return the measure of a pair both ways, and its mean squared correlation."""
+        weighted = self.settings.measure == "pwcca"
+        left, found, right = cca.canonical(a, b, cross, vectors=weighted)
+        r2 = cca.r2_cca(found)
+        if not weighted:
+            mean = cca.mean_cca(found, self.settings.share)
+            return mean, mean, r2
+        if self.settings.variant == "paper":
+            return cca.pwcca(a, left, found), cca.pwcca(b, right, found), r2
+        # Google's code weighs by the site with fewer columns, the first of two alike.
+        first = cca.pwcca_svcca(a, left, found) if a.rank <= b.rank else math.nan
+        second = cca.pwcca_svcca(b, right, found) if b.rank <= a.rank else math.nan
+        return (
+            second if math.isnan(first) else first,
+            first if math.isnan(second) else second,
+            r2,
+        )
+
+    def _cca_null(self, kept: Sequence[cca.Directions]) -> Float64:
+        """Return the measure of sites of which one is shifted, ``(shifts, n_sites, n_sites)``.
+
+        A shift's mean squared correlation is a biased HSIC of whitened rows: the unbiased one, from
+        kernels, and what each row adds with itself, the ranks over the number of rows.  How the
+        single correlations lie is Wachter's law for that mean square.
+        """
+        whiteners = [torch.from_numpy(site.whitener).float() for site in kept]
+
+        def prepare(values: torch.Tensor) -> list[torch.Tensor]:
+            values = self.frame.apply(values)
+            values -= values.mean(0)
+            return [
+                values[:, columns] @ whitener
+                for columns, whitener in zip(self._spans, whiteners, strict=True)
+            ]
+
+        shifted = self._shifted(prepare)
+        if not len(shifted):
+            return shifted
+        null = np.full(shifted.shape, math.nan)
+        for a, b in itertools.product(range(len(kept)), repeat=2):
+            ranks = kept[a].rank, kept[b].rank
+            if not min(ranks):
+                continue
+            by_itself = ranks[0] * ranks[1] / (self.scan.n_rows - 1)
+            for shift, product in enumerate(shifted[:, a, b]):
+                energy = (product + by_itself) / min(ranks)
+                null[shift, a, b] = cca.mean_cca(
+                    cca.independent(*ranks, min(max(energy, 0.0), 1.0)), self.settings.share
+                )
+        return null
+
+
+def _text_interval(found: Estimate) -> str:
+    if np.isnan(found.text_half_width).all():
+        return f"not given: {found.n_documents} documents, and {MIN_DOCUMENTS} are needed"
+    return f"95 %: jackknife over {found.n_documents} documents, t"
+
+
+def _table(subject: Subject, settings: _Settings, found: _Found) -> pa.Table:
+    """Return all ordered pairs, so that a condition on ``site_a`` finds all partners of a site."""
+    n_own = len(subject.own)
+    first = np.arange(n_own)
+    second = first if subject.other is None else np.arange(n_own, len(subject.infos))
+    a, b = (index.ravel() for index in np.meshgrid(first, second, indexing="ij"))
+    names = np.array([str(info.site) for info in subject.infos])
+    null = found.null if len(found.null) else np.full((1, *found.value.shape), math.nan)
+    value = found.value[a, b]
+    columns: dict[str, Any] = {
+        "site_a": names[a],
+        "site_b": names[b],
+        "value": value,
+        "low": value - found.half_width[a, b],
+        "high": value + found.half_width[a, b],
+        "text_low": value - found.text_half_width[a, b],
+        "text_high": value + found.text_half_width[a, b],
+        "null_mean": null[:, a, b].mean(0),
+        "null_p95": np.quantile(null[:, a, b], 0.95, axis=0),
+        "rank_a": pa.nulls(len(a), pa.int32()),
+        "rank_b": pa.nulls(len(a), pa.int32()),
+        "max_channel_share_a": found.max_channel_share[a],
+        "max_channel_share_b": found.max_channel_share[b],
+    }
+    if found.ranks is not None:
+        ranks = np.array(found.ranks, np.int32)
+        columns |= {"rank_a": ranks[a], "rank_b": ranks[b]}
+    columns |= {key: matrix[a, b] for key, matrix in (found.extra or {}).items()}
+    if settings.measure == "pwcca":
+        columns["weighing_site"] = names[_weighing(settings, found.ranks or [], a, b)]
+    return pa.table(columns)
+
+
+def _weighing(settings: _Settings, ranks: Sequence[int], a: Ids, b: Ids) -> Ids:
+    """Return by which site of each pair PWCCA weighs."""
+    if settings.variant == "paper":
+        return a
+    ranked = np.array(ranks)
+    return np.where(ranked[a] <= ranked[b], a, b)
