@@ -472,18 +472,28 @@ class Store(CoreStore):
         sites: Sites = None,
         *,
         measure: str = "cka",
+        method: str | None = None,
         tolerance: float = 0.005,
         rows: str = "content",
+        standardize: bool = False,
+        other: CoreStore | str | Path | None = None,
+        variant: str = "paper",
+        share: float | None = None,
+        principal: float = 0.99,
         seed: int = 0,
         name: str | None = None,
         budget: int | str | None = None,
+        client: Any = None,
         progress: Progress | None = None,
     ) -> Similarity:
-        """Compare all pairs of sites by linear CKA, estimated from mixed rows.
+        """Compare all pairs of sites by CKA, CCA, SVCCA or PWCCA, and keep the result.
+
+        CKA is estimated from mixed rows, or exact from all of them with ``method="exact"``; the
+        others are exact.  With `other` the sites are compared with those of another store.
 
         See Also
         --------
-        actstore.decompose.similarity : the estimator, its interval, references.
+        actstore.decompose.similarity : all parameters, what they cost, references.
         """
         from actstore.decompose import similarity
         from actstore.view import Similarity
@@ -492,11 +502,18 @@ class Store(CoreStore):
             self,
             sites,
             measure=measure,
+            method=method,
             tolerance=tolerance,
-            rows=self._rows(rows),
+            rows=rows if rows in ("content", "all") else self._rows(rows),
+            standardize=standardize,
+            other=other,
+            variant=variant,
+            share=share,
+            principal=principal,
             seed=as_count("seed", seed, 0),
             name=name,
             budget=parse_budget(budget),
+            client=client,
             progress=progress,
         )
         return Similarity(self, result.result)

@@ -551,21 +551,37 @@ def _echo_factors(factors: Any, form: str | None) -> None:
 @main.command(epilog=example("actstore similarity actstore-demo/store --sites mlp_post"))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--sites", multiple=True, help="Sites or patterns; default all.")
-@click.option("--measure", default="cka", show_default=True)
+@click.option(
+    "--measure", default="cka", help="cka, cca, svcca or pwcca.", show_default=True, metavar="NAME"
+)
+@click.option("--method", metavar="NAME", help="Of CKA: estimate (default) or exact.")
 @click.option("--tolerance", default=0.005, help="Half-width to stop at.", show_default=True)
 @click.option("--rows", default="content", help="content, all, or an SQL condition on tokens.")
+@click.option("--standardize", is_flag=True, help="Give every column the same variance.")
+@click.option(
+    "--other", type=click.Path(path_type=Path), help="Another store over the same documents."
+)
+@click.option("--variant", default="paper", help="Of PWCCA: paper or svcca.", metavar="NAME")
+@click.option("--share", type=float, help="Of CCA: leading correlations only; 0.98 as Ecco.")
+@click.option(
+    "--principal",
+    default=0.99,
+    callback=lambda *given: given[-1] if given[-1] <= 1 else int(given[-1]),
+    help="Of SVCCA: share of the variance that principal directions hold, or how many.",
+    show_default=True,
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--name", help="Name of the result; never overwritten.")
 @budget_option
 @format_option
 def similarity(store: Path, form: str | None, sites: tuple[str, ...], **options: Any) -> None:
-    """Compare all pairs of sites of STORE."""
+    """Compare all pairs of sites of STORE, or its sites with those of another."""
     import actstore
     from actstore.query import Answer
 
     with Bars() as progress:
         found = actstore.open(store).similarity(sites or None, progress=progress, **options)
-    click.echo(str(found), err=True)
+    click.echo(_shown(found), err=True)
     echo(Answer(found.to_arrow()), form)
 
 

@@ -111,14 +111,16 @@ def shifted_products(
         for block in blocks:
             documents = documents_of(block.row_ids)
             order = np.lexsort((block.row_ids, documents))
-            kernels = centred(prepare(block.values[torch.from_numpy(order)]))
+            sites = prepare(block.values[torch.from_numpy(order)])
+            kernels = centred(sites).float()  # of a sample, whose noise is larger than rounding
             n_sites, n = kernels.shape[:2]
             flat = kernels.reshape(n_sites, -1)
             products = []
-            for first in (-np.searchsorted(documents[order], starts)).tolist():
-                moved = torch.roll(kernels, (first, first), (1, 2))
+            for first in np.searchsorted(documents[order], starts).tolist():
+                moved = torch.cat([kernels[:, first:], kernels[:, :first]], 1)
+                moved = torch.cat([moved[:, :, first:], moved[:, :, :first]], 2)
                 products.append(flat @ moved.reshape(n_sites, -1).T)
-            found = torch.stack(products) / (n * (n - 3))
+            found = torch.stack(products).double() / (n * (n - 3))
             total = found if total is None else total + found
         assert total is not None
         return {"shifted": total}
