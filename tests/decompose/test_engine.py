@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import threading
-import time
 
 import distributed
 import numpy as np
@@ -15,7 +11,6 @@ import torch
 
 from actstore.decompose.engine import Engine
 from actstore.decompose.scan import Scan
-from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreNotFound
 from tests.synthetic import synthetic_store
 
 MIB = 2**20
