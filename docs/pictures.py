@@ -17,22 +17,29 @@ PICTURES = Path(__file__).parent / "pictures"
 
 
 def main() -> None:
-    """Draw the factor and the similarity view of a store."""
+    """Draw each view of a store."""
     store = actstore.open(sys.argv[1] if len(sys.argv) > 1 else "actstore-demo/store")
     PICTURES.mkdir(exist_ok=True)
+    site = store.select("mlp_post")[-1].site
+    views = {
+        "factors": (store.factors(), 1280, 1010),
+        "similarity": (store.similarity_result(), 1120, None),
+        "neuron": (store.neuron(site, 77, by="metadata->>'$.party'"), 1280, 1000),
+        "overview": (store, 1280, None),
+    }
+    # The first factor is mostly the size of activations; a later one shows more.
+    choose = f"{ROOT}.querySelector('#factor-3, .factor:last-child').click()"
     with tempfile.TemporaryDirectory() as folder, Browser() as browser:
-        page = store.factors().to_html(Path(folder) / "factors.html")
-        browser.viewport(1280, 1010, scale=1.5)
-        browser.open(page)
-        # The first factor is mostly the size of activations; a later one shows more.
-        browser.evaluate(f"{ROOT}.querySelector('#factor-3, .factor:last-child').click()")
-        browser.screenshot(PICTURES / "factors.png", whole=False)
-        page = store.similarity_result().to_html(Path(folder) / "similarity.html")
-        browser.viewport(1000, 800, scale=1.5)
-        browser.open(page)
-        height = browser.evaluate("Math.ceil(document.querySelector('main').scrollHeight)")
-        browser.viewport(1000, height, scale=1.5)
-        browser.screenshot(PICTURES / "similarity.png", whole=False)
+        for name, (view, width, height) in views.items():
+            page = view.to_html(Path(folder) / f"{name}.html")
+            browser.viewport(width, 800, scale=1.5)
+            browser.open(page)
+            if name == "factors":
+                browser.evaluate(choose)
+            whole = browser.evaluate("Math.ceil(document.querySelector('main').scrollHeight)")
+            browser.viewport(width, height or whole, scale=1.5)
+            browser.settle()
+            browser.screenshot(PICTURES / f"{name}.png", whole=False)
     for path in sorted(PICTURES.glob("*.png")):
         sys.stdout.write(f"{path}\n")
 

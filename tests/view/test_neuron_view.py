@@ -208,6 +208,20 @@ def test_tabs_and_spaces_are_shown_on_demand(
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("text", ["The", "The keys to the cabinet"])
+def test_a_prompt_of_few_rows_has_a_view(browser: Browser, tmp_path: Path, text: str) -> None:
+    """One word, whose only row is no content row, and one prompt are shown like a corpus."""
+    module, tokenizer = toy_model("gpt2")
+    store = actstore.capture(module, text=text, tokenizer=tokenizer)
+    for made in (
+        store.neuron(SITE, 3).to_html(tmp_path / "neuron.html"),
+        store.to_html(tmp_path / "overview.html"),
+    ):
+        browser.open(made)
+        assert browser.errors == []
+
+
+@pytest.mark.browser
 def test_hostile_text_stays_text_in_every_field(
     browser: Browser, looked_at: View, tmp_path: Path
 ) -> None:

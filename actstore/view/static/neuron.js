@@ -122,7 +122,7 @@ function draw(view, data) {
       neurons.length
         ? grid(["neuron", correlated ? "correlation" : "Jaccard overlap"], neurons.map(([site, neuron, value]) =>
           [`${site}:${neuron}`, meter(value, 1, value.toFixed(3), correlated)]))
-        : note("No other neuron shares any of them."), note(`${words}.`));
+        : note(correlated ? "None: its values, or those of all others, do not vary." : "No other neuron shares any of its highest rows."), note(`${words}.`));
   }
 
   function means() {

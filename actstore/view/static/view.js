@@ -147,6 +147,7 @@ function toggle(label, change) {
 
 // Tabs over one panel; entries are [label, draw]. Arrow keys go from tab to tab.
 function tabs(label, entries) {
+  if (!entries.length) return { node: el("p", { class: "note" }, "None: there are no content rows."), redraw() {} };
   const panel = el("div", { role: "tabpanel", class: "panel" });
   const buttons = entries.map(([name], i) =>
     el("button", { role: "tab", type: "button", "aria-selected": "false", tabindex: "-1" }, name));
@@ -230,7 +231,8 @@ class Walk {
     this.at = this.anchor = -1;
   }
   point(index, voice) {
-    const { node, word } = this.items[index];
+    const { node } = this.items[index];
+    const word = this.items[index].word || "(no text of its own)";
     const lines = this.describe(this.items[index]);
     this.tip.show(node, el("b", {}, el("bdi", {}, marked(word))),
       ...lines.map(([name, value]) => el("div", {}, `${name}: ${value}`)));
