@@ -350,6 +350,44 @@ def test_shading_follows_the_score(page: Browser, store: CoreStore, factors: Fac
 
 
 @pytest.mark.browser
+def test_each_span_is_the_text_of_its_rows(
+    browser: Browser, hostile_store: actstore.Store, tmp_path: Path
+) -> None:
+    """Whatever a byte-level tokenizer cuts, what is drawn and shaded as a row is its own text."""
+    view = hostile_store.factors("words").view()
+    browser.viewport(1280, 900)
+    browser.open(view.to_html(tmp_path / "factors.html"))
+    pictures = str.maketrans({i: chr(0x2400 + i) for i in [0, 7, 27]})
+    for number, document in enumerate(view.data["documents"]):
+        _select(browser, number)
+        text = hostile_store.document(document["document"])["text"]
+        rows = _row_ids(document)
+        expected: list[tuple[str, list[int]]] = []
+        done = 0
+        for token in hostile_store.tokens_of(rows).to_pylist():
+            start, end = token["char_start"], token["char_end"]
+            if max(start, end) <= done and expected:
+                expected[-1][1].append(token["row_id"])
+            else:
+                # Offsets of a token that is a space alone are cut to nothing behind it.
+                first = max(done, start) if end > max(done, start) else done
+                expected.append((text[first : max(start, end)], [token["row_id"]]))
+            done = max(done, start, end)
+        drawn = browser.evaluate(
+            f"[...{ROOT}.querySelectorAll('.text span')].map(n => n.textContent)"
+        )
+        assert drawn == [piece.translate(pictures) for piece, _ in expected]
+        shown = _text(browser, ".text")
+        assert shown == text.translate(pictures)
+        browser.evaluate(f"{ROOT}.querySelector('.text').focus()")
+        for key, place in (("ArrowRight", 0), ("ArrowRight", 1), ("End", -1)):
+            browser.press(key)
+            ids = ", ".join(map(str, expected[place][1]))
+            assert f"row_id {ids}, token" in _text(browser, "[aria-live]")
+        browser.evaluate(f"{ROOT}.querySelector('.text').blur()")
+
+
+@pytest.mark.browser
 def test_arrow_keys_choose_factors_and_walk_the_text(page: Browser) -> None:
     """Down chooses the next factor and its detail; right goes from token to token and says it."""
     page.evaluate(f"{ROOT}.querySelector('[role=listbox]').focus()")
@@ -459,10 +497,8 @@ def test_neurons_of_a_span_are_named(
     name = browser.evaluate(first.format(ROOT))
     assert "What stands out at 1 token" in _text(browser, "[aria-live]")
     (document, *_) = factors.view().data["documents"]
-    # The keyboard goes over what has text of its own: a later byte of a character has none.
-    visible = [place for place, length in enumerate(document["cuts"][1::2]) if length]
-    assert visible[4] == visible[3] + 1
-    row_id = _row_ids(document)[visible[3]]
+    # A token of the space before a word has that space; "The", " ", "keys", ...: the fourth.
+    row_id = _row_ids(document)[3]
     best = {}
     for info in factors.sites:
         known = content(hostile_store, str(info.site))[1].astype(np.float64)

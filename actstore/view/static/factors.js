@@ -117,20 +117,21 @@ function draw(view, data) {
   const walk = new Walk(text, tip, describe, selectSpan);
   let spans = [];
 
-  // Tokens that share a character (bytes of one emoji) are one span, shaded by the strongest.
+  // Tokens that share a character (bytes of one emoji) are one span, shaded by the strongest. A token
+  // that is nothing but the space before the next word has that space.
   function drawText() {
     spans = [];
     const pieces = [];
     let end = 0;
     for (let i = 0; i < current.n; i++) {
-      const start = end + current.cuts[2 * i];
-      const length = current.cuts[2 * i + 1];
-      if (length === 0) {
+      const [gap, length] = current.cuts.slice(2 * i, 2 * i + 2);
+      if (gap + length === 0) {
         if (spans.length) spans.at(-1).tokens.push(i);
         continue;
       }
+      const start = length ? end + gap : end;
       if (start > end) pieces.push(spaced(current.text.slice(end, start), marks));
-      end = start + length;
+      end += gap + length;
       const word = current.text.slice(start, end);
       const node = el("span", {}, spaced(word, marks));
       spans.push({ node, word, start, end, tokens: [i] });
