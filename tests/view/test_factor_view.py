@@ -16,7 +16,7 @@ from actstore.decompose import Factors, nmf
 from actstore.errors import ArgumentError, RowNotFound
 from actstore.store import FIRST, SPECIAL, CoreStore
 from actstore.view import View, factor_view
-from actstore.view.quantised import quantised
+from actstore.view.quantised import embedded, quantised
 from actstore.view.standing_out import N_NEURONS, STEP, standing_out
 from tests.browser import Browser
 from tests.captured import content
@@ -630,6 +630,68 @@ def test_a_fragment_takes_the_theme_of_its_notebook(
     assert papers == ["rgb(20, 23, 28)"] * 2
     display = f"getComputedStyle({ROOT}.querySelector('.text span')).display"
     assert browser.evaluate(display) == "inline"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("attributes", "dark"),
+    [
+        ("class='vscode-dark'", True),
+        ("class='vscode-light'", False),
+        ("class='vscode-high-contrast'", True),
+        ("data-jp-theme-light='false'", True),
+        ("data-jp-theme-light='true'", False),
+    ],
+)
+def test_where_all_is_transparent_the_notebook_says_its_theme(
+    browser: Browser,
+    store: CoreStore,
+    factors: Factors,
+    tmp_path: Path,
+    attributes: str,
+    dark: bool,
+) -> None:
+    """Notebooks whose outputs have no background of their own are believed before the system."""
+    path = tmp_path / "notebook.html"
+    view = factor_view(store, factors, 0)
+    path.write_text(
+        f"<!DOCTYPE html><meta charset=utf-8><body {attributes}>{view.html}", encoding="utf-8"
+    )
+    browser.viewport(1280, 900, dark=not dark)
+    browser.open(path)
+    paper = browser.evaluate(f"getComputedStyle({ROOT}.querySelector('.view')).backgroundColor")
+    assert paper == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
+
+
+@pytest.mark.browser
+def test_scores_below_zero_are_of_another_colour_and_another_line(
+    browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path
+) -> None:
+    """Signed scores take a diverging scale; the lowest are dotted too, not told by colour alone."""
+    view = factor_view(store, factors, 0)
+    rng = np.random.default_rng(0)
+    n = len(_row_ids(view.data["documents"][0]))
+    scores = rng.normal(size=(n, factors.n_components))
+    scores[0], scores[1] = 5.0, -5.0
+    codes = quantised(scores, 5.0, signed=True)
+    document = {**view.data["documents"][0], "scores": embedded(codes.T)}
+    entries = [{**entry, "max": 5.0, "scale": 4.0} for entry in view.data["factors"]]
+    data = {**view.data, "signed": True, "factors": entries, "documents": [document]}
+    browser.viewport(1280, 900)
+    browser.open(dataclasses.replace(view, data=data).to_html(tmp_path / "signed.html"))
+    levels = browser.evaluate(
+        f"[...{ROOT}.querySelectorAll('.text span')]"
+        ".map(s => +getComputedStyle(s).getPropertyValue('--s'))"
+    )
+    np.testing.assert_allclose(levels, np.clip(scores[:, 0] / 4, -1, 1), atol=0.02)
+    lines = browser.evaluate(
+        f"[...{ROOT}.querySelectorAll('.text span')].slice(0, 2)"
+        ".map(s => getComputedStyle(s).textDecorationStyle)"
+    )
+    assert lines == ["solid", "dotted"]
+    assert "dotted: \u22123 and less" in _text(browser, ".legend")
+    assert browser.evaluate(f"{ROOT}.querySelectorAll('.spark .low').length") == 4
+    assert browser.errors == []
 
 
 @pytest.mark.browser
