@@ -350,7 +350,7 @@ class Store(CoreStore):
         name: str | None = None,
         budget: int | str | None = None,
         progress: Progress | None = None,
-    ) -> Factors:
+    ) -> Factors | list[Factors]:
         """Factorise sites as one non-negative matrix, out of core, and keep the result.
 
         See Also
@@ -361,19 +361,20 @@ class Store(CoreStore):
         from actstore.decompose import nmf
         from actstore.view import Factors
 
-        extra = {} if passes is None else {"passes": as_count("passes", passes, 1)}
         result = nmf(
             self,
             sites,
-            as_count("n_components", n_components, 1),
+            n_components,
             scale=scale,
             rows=self._rows(rows),
-            seed=as_count("seed", seed, 0),
+            seed=seed,
+            passes=1 if passes is None else as_count("passes", passes, 0),
             name=name,
             budget=parse_budget(budget),
             progress=progress,
-            **extra,
         )
+        if isinstance(result, list):
+            return [Factors(self, each.result) for each in result]
         return Factors(self, result.result)
 
     def pca(

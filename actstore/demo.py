@@ -137,7 +137,8 @@ def run_demo(
     try:
         factors = store.factors("demo")
     except ResultNotFound:
-        factors = store.nmf("mlp_post", 10, name="demo", budget=budget, progress=progress)
+        store.nmf("mlp_post", 10, name="demo", budget=budget, progress=progress)
+        factors = store.factors("demo")
     try:
         store.similarity_result("demo")
     except ResultNotFound:

@@ -5,12 +5,17 @@ the row through ``L a`` alone, k numbers, so all rows are solved together by coo
 (HALS) on ``k x k``: one coordinate of all rows at a time.  The same descent, with rows and
 components changing places, improves the loadings of an online pass.
 
+Codes of a signed factorisation (loadings of any sign) may use a few components each: those that the
+unrestricted code holds most of, for which it is then solved again.
+
 On a processor it runs tile by tile: some rows with all their coordinates stay in the first cache
 until they have converged.  Tensor by tensor it costs ten times as much, and is for other devices.
 """
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,7 @@ import torch
 from actstore.compiled import compiled
 
 _CHECK_EVERY = 4
+_PART = 2048  # columns a thread takes at once
 _TILE = 128  # rows of a tile: 32 coordinates of them fill 16 KiB
 
 
@@ -68,6 +74,50 @@ def solve_codes(
     return codes.mul_(inverse[:, None]), n_moving
 
 
+def solve_sparse_codes(
+    products: torch.Tensor,
+    gram: torch.Tensor,
+    n_active: int,
+    *,
+    n_sweeps: int,
+    tolerance: float = 0.0,
+) -> tuple[torch.Tensor, int]:
+    """Return codes of which at most `n_active` a row are above zero.
+
+    The non-negative code is solved, its largest parts (in units of the rows) are kept, and solved
+    for again by themselves.
+
+    Parameters
+    ----------
+    products, gram, n_sweeps, tolerance
+        As for `solve_codes`.
+    n_active : int
+        How many components a row may use.
+
+    Returns
+    -------
+    codes : Tensor (k, n)
+        Non-negative, of the dtype of `products`.
+    n_moving : int
+        Rows that still moved by more; 0 where `tolerance` is 0.
+    """
+    if n_active >= len(gram):
+        return solve_codes(products, gram, n_sweeps=n_sweeps, tolerance=tolerance)
+    lengths = gram.diagonal().sqrt()
+    inverse = torch.where(lengths > 0, 1 / lengths, 0)
+    targets = products * inverse[:, None]
+    codes = torch.zeros_like(targets)
+    weights = gram * inverse * inverse[:, None]
+    descend(targets, weights, codes, n_sweeps=n_sweeps, tolerance=tolerance)
+    largest = codes.topk(n_active, dim=0).indices
+    chosen = torch.zeros_like(codes, dtype=torch.bool).scatter_(0, largest, True)
+    # What is never above its target stays at zero.
+    targets = torch.where(chosen, targets, -torch.inf)
+    codes = torch.where(chosen, codes, 0)
+    n_moving = descend(targets, weights, codes, n_sweeps=n_sweeps, tolerance=tolerance)
+    return codes.mul_(inverse[:, None]), n_moving
+
+
 def descend(
     targets: torch.Tensor,
     weights: torch.Tensor,
@@ -75,6 +125,7 @@ def descend(
     *,
     n_sweeps: int,
     tolerance: float = 0.0,
+    threads: Executor | None = None,
 ) -> int:
     """Set each coordinate in turn to ``max(0, target - Σ weights of the others x the others)``.
 
@@ -88,6 +139,8 @@ def descend(
         Where to begin; changed in place.
     n_sweeps, tolerance
         As for `solve_codes`.
+    threads : Executor, optional
+        Shares the columns out; on a processor only.
 
     Returns
     -------
@@ -97,7 +150,14 @@ def descend(
     others = weights.clone().fill_diagonal_(0)
     if values.device.type == "cpu" and values.dtype == torch.float32 and values.is_contiguous():
         t, w = targets.contiguous().numpy(), others.contiguous().numpy()
-        return int(_descend_by_tile(t, w, values.numpy(), n_sweeps, np.float32(tolerance)))
+        v, limit = values.numpy(), np.float32(tolerance)
+        if threads is None:
+            return int(_descend_by_tile(t, w, v, 0, v.shape[1], n_sweeps, limit))
+        parts = [
+            threads.submit(_descend_by_tile, t, w, v, first, stop, n_sweeps, limit)
+            for first, stop in itertools.pairwise([*range(0, v.shape[1], _PART), v.shape[1]])
+        ]
+        return sum(int(part.result()) for part in parts)
     return _descend_by_tensor(targets, others, values, n_sweeps, tolerance)
 
 
@@ -127,17 +187,19 @@ def _descend_by_tile(
     targets: npt.NDArray[np.float32],
     others: npt.NDArray[np.float32],
     values: npt.NDArray[np.float32],
+    begin: int,
+    end: int,
     n_sweeps: int,
     tolerance: Any,
 ) -> int:
-    k, n = values.shape
+    k = len(values)
     tile = np.zeros((k, _TILE), np.float32)
     best = np.zeros(_TILE, np.float32)
     moved = np.zeros(_TILE, np.float32)
     most = np.zeros(_TILE, np.float32)
     n_moving = 0
-    for first in range(0, n, _TILE):
-        width = min(_TILE, n - first)
+    for first in range(begin, end, _TILE):
+        width = min(_TILE, end - first)
         best[:] = 0
         tile[:, width:] = 0
         tile[:, :width] = values[:, first : first + width]

@@ -113,6 +113,10 @@ class Engine:
         """Whether this process does the work."""
         return self._client is None
 
+    def n_at_once(self, here: int) -> int:
+        """Return how many ranges are worked on at a time; in this process `here`."""
+        return here if self._client is None else max(1, len(self._client.nthreads()))
+
     def total(
         self,
         scan: Scan,

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actstore.decompose.codes import solve_codes
 from actstore.decompose.factors import Factors
 from actstore.decompose.linear import KINDS, Linear
 from actstore.decompose.matrix import Matrix
+from actstore.decompose.online import Coder
 from actstore.decompose.scan import Scan, chosen_rows
 from actstore.errors import ArgumentError, BudgetExceeded, StoreMismatch
 from actstore.store import CoreStore, Rows, SiteInfo
@@ -151,14 +151,15 @@ def _scorer(factors: Factors, scan: Scan) -> Callable[[torch.Tensor], torch.Tens
     """Return what gives the rows of a block, whose values it changes, their scores."""
     if factors.result.kind in KINDS:
         return Linear.of(factors).scores
-    scales = factors.summary["site_scales"]
-    matrix = Matrix(scan, [scales[str(info.site)] for info in factors.sites])
+    summary = factors.summary
+    scales = [summary["site_scales"][str(info.site)] for info in factors.sites]
+    matrix = Matrix.scaled(scan, scales, bool(summary.get("signed")))
     loadings = torch.from_numpy(factors.loadings)
-    gram = loadings @ loadings.T
+    coder = Coder(loadings @ loadings.T, summary.get("n_active"))
 
     def solved(values: torch.Tensor) -> torch.Tensor:
-        products = loadings @ matrix.clip(values).T
-        return solve_codes(products, gram, n_sweeps=_SWEEPS, tolerance=_TOLERANCE)[0].T
+        products = loadings @ matrix.rows(values).T
+        return coder.codes(products, _SWEEPS, _TOLERANCE)[0].T
 
     return solved
 

@@ -114,7 +114,8 @@ class Scan:
         self.reserved_bytes = reserved_bytes
         """What of it the caller needs."""
         self._seed = seed
-        self._free_bytes = budget_bytes - reserved_bytes - _OVERHEAD_BYTES
+        self.free_bytes = budget_bytes - reserved_bytes - _OVERHEAD_BYTES
+        """What is left for blocks."""
         edges = np.cumsum([0] + [info.width for info in infos]).tolist()
         self.columns: dict[Site, slice] = {
             info.site: slice(a, b)
@@ -192,7 +193,7 @@ class Scan:
         """
         rng = np.random.default_rng([self._seed, 0, number])
         n_runs = -(-self.n_rows // RUN_ROWS)
-        runs = np.sort(rng.permutation(n_runs)[: max(1, n_rows // RUN_ROWS)])
+        runs = np.sort(rng.permutation(n_runs)[: -(-n_rows // RUN_ROWS)])
         ranks = (runs[:, None] * RUN_ROWS + np.arange(RUN_ROWS)).ravel()
         return Sample(self, ranks[ranks < self.n_rows], block_rows)
 
@@ -201,7 +202,7 @@ class Scan:
         scan = copy.copy(self)
         scan.ranked = KeptRows(self.ranked, ranks)
         scan.n_rows = len(ranks)
-        scan._free_bytes -= len(ranks) * self.ranked.row_bytes
+        scan.free_bytes -= len(ranks) * self.ranked.row_bytes
         return scan
 
     def _deal(self, block_rows: int, run_rows: int, epoch: int, limit: int | None) -> Iterator[Ids]:
@@ -240,7 +241,7 @@ class Scan:
         # A block's float32 values; the stored ones it is made from, and as many read ahead.
         values_bytes = 4 * block_rows * self.width
         stored_bytes = 2 * block_rows * self.ranked.row_bytes
-        spare = self._free_bytes // n_served - values_bytes
+        spare = self.free_bytes // n_served - values_bytes
         if spare < stored_bytes:
             needed = self.budget_bytes + n_served * (stored_bytes - spare)
             raise BudgetExceeded(
@@ -254,7 +255,7 @@ class Scan:
     def n_served(self, block_rows: int, wanted: int) -> int:
         """Return how many `Serving` at a time the budget allows, one at least."""
         block_bytes = block_rows * (4 * self.width + 2 * self.ranked.row_bytes)
-        return max(1, min(wanted, self._free_bytes // block_bytes))
+        return max(1, min(wanted, self.free_bytes // block_bytes))
 
     def serve(
         self, blocks: Iterable[Ids], at_once: int, readers: Executor, form: Form = AS_FLOAT32
@@ -366,7 +367,7 @@ class Sample:
 
     def __init__(self, scan: Scan, ranks: Ids, block_rows: int) -> None:
         block_bytes = block_rows * (4 * scan.width + 2 * scan.ranked.row_bytes)
-        self.is_kept = len(ranks) * scan.ranked.row_bytes + block_bytes <= scan._free_bytes
+        self.is_kept = len(ranks) * scan.ranked.row_bytes + block_bytes <= scan.free_bytes
         """Whether it lies in memory."""
         self.scan = scan.kept(ranks) if self.is_kept else scan
         """What serves its rows."""

@@ -157,7 +157,7 @@ def test_a_sample_larger_than_the_budget_is_read_again(store):
     """A sample that cannot be kept in memory gives the same blocks by reading twice."""
     kept = make_scan(store).sample(2000)
     scan = make_scan(store)
-    scan._free_bytes = 600 * 1000
+    scan.free_bytes = 600 * 1000
     again = scan.sample(2000)
 
     for sample in (kept, again, again):
