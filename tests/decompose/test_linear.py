@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sklearn.decomposition
 
-from actstore.decompose import Factors, cluster_neurons, ica, nmf, pca, project
+from actstore.decompose import Factors, cluster_neurons, ica, moments, nmf, pca, project
 from actstore.errors import ArgumentError, BudgetExceeded
 from tests.synthetic import synthetic_store
 
@@ -59,6 +59,16 @@ def test_pca_equals_scikit_learn(store, components):
     assert components.summary["error"] == pytest.approx(
         np.sqrt(1 - expected.explained_variance_ratio_.sum()), abs=1e-6
     )
+
+
+def test_the_mean_of_all_rows_is_taken_off(store, components, monkeypatch):
+    """A pilot mean of a few rows, off by much, gives the same components."""
+    monkeypatch.setattr(moments, "_PILOT_ROWS", 32)
+    found = pca(store, None, K, name="pilot")
+
+    np.testing.assert_allclose(found.loadings, components.loadings, atol=1e-6)
+    variances = [f.df().explained_variance for f in (found, components)]
+    np.testing.assert_allclose(*variances, rtol=1e-6)
 
 
 def test_the_largest_loading_is_positive(components):
