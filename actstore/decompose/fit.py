@@ -120,8 +120,8 @@ class Fit:
         What to fit.
     engine : Engine
         Where scans run.
-    checkpoint : Checkpoint
-        Where the state is kept; entered.
+    checkpoint : Checkpoint, optional
+        Where the state is kept, entered; `run` needs one.
     clock : Clock
         Told of every stage.
     start : Tensor (k, width), optional
@@ -133,7 +133,7 @@ class Fit:
         scan: Scan,
         settings: Settings,
         engine: Engine,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | None,
         clock: Clock,
         start: torch.Tensor | None,
     ) -> None:
@@ -158,6 +158,7 @@ class Fit:
 
     def run(self) -> list[Exact]:
         """Run the fit, or what is left of it; return what is known of each dictionary."""
+        assert self._checkpoint is not None
         state = self._checkpoint.load()
         self._clock.start("start")
         self._begin(state)
@@ -165,6 +166,12 @@ class Fit:
         if self._settings.tolerance is not None:
             self._batch(self._settings.tolerance)
         return self._exact(state)
+
+    def loadings(self) -> list[torch.Tensor]:
+        """Return what the start and the online passes find, of unit length; there are no scores."""
+        self._begin(None)
+        self._online()
+        return [dictionary.unit_loadings() for dictionary in self.dictionaries]
 
     # -- start ---------------------------------------------------------------------------------
 
@@ -323,6 +330,7 @@ class Fit:
     def _exact(self, state: State | None) -> list[Exact]:
         loadings = [d.unit_loadings() for d in self.dictionaries]
         mean = (self._mean / max(1, self._n_summed)).float()
+        assert self._checkpoint is not None
         folder = self._checkpoint.folder
         store = self._scan.store
         signed = self._settings.active is not None
@@ -355,6 +363,8 @@ class Fit:
     # -- state ---------------------------------------------------------------------------------
 
     def _save(self, more: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
+        if self._checkpoint is None:
+            return
         ranked = self._scan.ranked
         state: State = {
             "scales": np.array(self.matrix.scales),

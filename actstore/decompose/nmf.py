@@ -180,8 +180,8 @@ def nmf(
         max_passes,
     )
     budget_bytes = parse_budget(budget)
-    reserved_bytes = _reserved_bytes(settings, n_neurons, store)
-    scan = Scan(store, infos, chosen, budget_bytes=budget_bytes, reserved_bytes=reserved_bytes)
+    reserved = reserved_bytes(settings, n_neurons, store)
+    scan = Scan(store, infos, chosen, budget_bytes=budget_bytes, reserved_bytes=reserved)
     scan.rows_at_once(BLOCK_ROWS)  # refuse before anything is read
     if bound is not None:
         check_bound(scan)
@@ -377,7 +377,7 @@ def _names(store: CoreStore, name: str | None, fits: Sequence[tuple[int, int]]) 
     return [f"{base}-k{k}-seed{seed}" for k, seed in fits]
 
 
-def _reserved_bytes(settings: Settings, n_neurons: int, store: CoreStore) -> int:
+def reserved_bytes(settings: Settings, n_neurons: int, store: CoreStore) -> int:
     """Return what the factorisation needs beside the blocks, at its hungriest.
 
     At the start: the range, its image and the QR of both.  Later: loadings, P, the stack of all

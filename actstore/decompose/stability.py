@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -40,10 +40,12 @@ import pyarrow as pa
 import scipy.optimize
 import torch
 
-from actstore.decompose.codes import solve_codes
+from actstore.decompose.engine import Engine
 from actstore.decompose.factors import Factors
+from actstore.decompose.fit import Clock, Fit, Settings
 from actstore.decompose.matrix import Matrix
-from actstore.decompose.nmf import find_loadings
+from actstore.decompose.nmf import reserved_bytes
+from actstore.decompose.online import Coder
 from actstore.decompose.ranked import KeptRows
 from actstore.decompose.scan import Scan
 from actstore.errors import ArgumentError, BudgetExceeded
@@ -143,8 +145,8 @@ def stability(
 ) -> Stability:
     """Fit again from other seeds and on other documents; say which factors come back.
 
-    Cost: ``seeds x splits`` fits to a part each of the documents, without an exact pass, so about
-    ``seeds`` online passes over the rows; `nulls` fits to rows in memory; some thousand held-out
+    Cost: ``seeds x splits`` fits to a part each of the documents, without an exact pass; those of
+    one part share all reads.  Then `nulls` fits to rows in memory, and some thousand held-out
     rows.  Memory within the budget, whatever the number of rows.
 
     Parameters
@@ -197,19 +199,17 @@ def stability(
         )
     parts, held = split_documents(store, factors.rows, space, splits, seed)
     writer = store.new_result("stability", name, {})
-    clock = _Clock(progress, n_fits + 1)
+    clock = _Clock(progress, splits + nulls + 1)
     refit = _Refit(factors, budget_bytes, reserved)
-    fits = [
-        [clock.timed("fits", refit.fit, part, seed + 1 + s) for s in range(seeds)] for part in parts
-    ]
+    numbers = range(seed + 1, seed + 1 + seeds)
+    fits = [clock.timed("fits", refit.fit, part, numbers) for part in parts]
     permuted = [clock.timed("nulls", refit.fit_permuted, parts[0], seed + s) for s in range(nulls)]
     stacked = [loadings for of_part in fits for loadings in of_part]
-    scores = clock.timed("held-out scores", refit.scores, held, stacked, seed)
+    scores = clock.timed("held-out scores", refit.scores, held, stacked)
     columns = compare(factors.loadings, fits, permuted, scores)
     with writer:
-        numbers = np.arange(k, dtype=np.int32)
         of_result = pa.array([factors.name] * k, pa.string())
-        table = {"of_result": of_result, "factor": numbers, **columns}
+        table = {"of_result": of_result, "factor": np.arange(k, dtype=np.int32), **columns}
         writer.write_table("factor_stability", pa.table(table))
         medians = {n: _median(c) for n, c in columns.items() if n != "stable"}
         result = writer.finish(
@@ -413,60 +413,76 @@ class _Refit:
     budget_bytes: int
     reserved_bytes: int
 
-    def _scan(self, rows: Rows, seed: int) -> Scan:
+    def _scan(self, rows: Rows, n_fits: int) -> Scan:
         factors = self.factors
-        k, width = factors.loadings.shape
+        settings = self._settings(range(n_fits))
+        more = reserved_bytes(settings, factors.n_neurons, factors.store)
         return Scan(
             factors.store,
             factors.sites,
             rows,
             budget_bytes=self.budget_bytes,
-            reserved_bytes=self.reserved_bytes + 28 * (k + 9) * width,
-            seed=seed,
+            reserved_bytes=self.reserved_bytes + more,
         )
 
-    def _matrix(self, scan: Scan) -> Matrix:
-        scales = self.factors.summary["site_scales"]
-        return Matrix(scan, [scales[str(info.site)] for info in self.factors.sites])
-
-    def _find(self, scan: Scan, seed: int) -> Float32:
+    def _settings(self, seeds: Iterable[int], most: int | None = None) -> Settings:
         summary = self.factors.summary
-        k = min(int(summary["n_components"]), scan.n_rows)
-        loadings = find_loadings(self._matrix(scan), k, seed, int(summary["passes"]))
-        found = np.zeros(self.factors.loadings.shape, np.float32)
-        found[:k] = loadings.numpy()
+        k = int(summary["n_components"])
+        return Settings(
+            tuple((k if most is None else min(k, most), seed) for seed in seeds),
+            equal_energy=summary["scale"] == "site",
+            active=summary.get("active"),
+            passes=max(1, int(summary["passes"])),
+            tolerance=None,
+            max_passes=1,
+        )
+
+    def _find(self, scan: Scan, seeds: Iterable[int]) -> list[Float32]:
+        """Return the loadings of several seeds, all of which share the reads."""
+        fit = Fit(scan, self._settings(seeds, scan.n_rows), Engine.local(), None, Clock(None), None)
+        scales = self.factors.summary["site_scales"]
+        ours = Matrix.scaled(scan, [scales[str(info.site)] for info in self.factors.sites])
+        found = []
+        for loadings in fit.loadings():
+            # Scales are of a sample of the rows of each fit.
+            loadings = loadings * (ours.column_scales / fit.matrix.column_scales)
+            padded = np.zeros(self.factors.loadings.shape, np.float32)
+            padded[: len(loadings)] = loadings / loadings.norm(dim=1, keepdim=True).clamp(min=1e-30)
+            found.append(padded)
         return found
 
-    def fit(self, rows: Rows, seed: int) -> Float32:
-        """Return the loadings of a fit to some rows."""
-        return self._find(self._scan(rows, seed), seed)
+    def fit(self, rows: Rows, seeds: Sequence[int]) -> list[Float32]:
+        """Return the loadings of fits to some rows."""
+        return self._find(self._scan(rows, len(seeds)), seeds)
 
     def fit_permuted(self, rows: Rows, seed: int) -> Float32:
         """Return the loadings of a fit to rows in which every neuron was permuted by itself."""
-        scan = self._scan(rows, seed)
+        scan = self._scan(rows, 1)
         rng = np.random.default_rng([seed, 1])
         spare = (self.budget_bytes - self.reserved_bytes) // 2
         n_rows = max(1, min(scan.n_rows, spare // scan.ranked.row_bytes))
-        blocks = itertools.chain.from_iterable(scan.mixed_ranges(limit=n_rows))
+        blocks = itertools.chain.from_iterable(scan.mixed_ranges(epoch=seed, limit=n_rows))
         chosen = np.concatenate(list(blocks))[:n_rows]
         kept = scan.kept(rng.permutation(chosen))
         assert isinstance(kept.ranked, KeptRows)
         kept.ranked.turn_columns(rng)
-        return self._find(kept, seed)
+        return self._find(kept, [seed])[0]
 
-    def scores(self, rows: Rows, fits: Sequence[Float32], seed: int) -> list[Float32]:
+    def scores(self, rows: Rows, fits: Sequence[Float32]) -> list[Float32]:
         """Return the scores of some of the rows by each of some fits, ``(rows, k)``."""
-        scan = self._scan(rows, seed)
+        scan = self._scan(rows, 1)
+        summary = self.factors.summary
         k = len(self.factors.loadings)
         most = (self.budget_bytes - self.reserved_bytes) // (4 * 16 * k * len(fits))
         limit = max(1, min(_HELD_ROWS, most))
-        matrix = self._matrix(scan)
+        scales = [summary["site_scales"][str(info.site)] for info in self.factors.sites]
+        matrix = Matrix.scaled(scan, scales, bool(summary.get("signed")))
         loadings = torch.from_numpy(np.stack(fits))
-        grams = loadings @ loadings.mT
+        coders = [Coder(gram, summary.get("n_active")) for gram in loadings @ loadings.mT]
         found: list[list[Float32]] = [[] for _ in fits]
         for block in scan.mixed(limit=limit):
-            products = loadings @ matrix.clip(block.values).T
-            for scores, gram, mine in zip(found, grams, products, strict=True):
-                codes, _ = solve_codes(mine, gram, n_sweeps=_SWEEPS, tolerance=_TOLERANCE)
+            products = loadings @ matrix.rows(block.values).T
+            for scores, coder, mine in zip(found, coders, products, strict=True):
+                codes, _ = coder.codes(mine, _SWEEPS, _TOLERANCE)
                 scores.append(codes.T.numpy().copy())
         return [np.concatenate(scores) for scores in found]
