@@ -161,17 +161,21 @@ def pwcca(a: Directions, left: Float64, correlations: Float64) -> float:
     return float(weights @ correlations / weights.sum())
 
 
-def pwcca_svcca(a: Directions, left: Float64, correlations: Float64) -> float:
-    """Return PWCCA as google/svcca and Ecco compute it, which is not the paper's.
+def pwcca_svcca(a: Directions, b: Directions, cross: Float64) -> float:
+    """Return PWCCA weighed by `a` as google/svcca and Ecco compute it, which is not the paper's.
 
     There the directions are ``U'(X - mean) + mean``, with U of the symmetric whitening and the
     whitening itself left out, then orthonormal; weights are products with the uncentred columns.
-    All of it follows from covariances and means.  On sites whose smallest variances are rounding
-    it depends on the order of addition, there and here: to 5e-3 on outputs of LayerNorm.
+    All of it follows from covariances and means.  Adding the mean makes it depend on the signs that
+    LAPACK gives U, so U comes from the same matrix here; where the smallest variances are rounding
+    it depends on the order of addition, there and here, to 5e-3 on outputs of LayerNorm.
     """
-    if not len(correlations):
+    n = min(a.rank, b.rank)
+    if not n:
         return math.nan
-    n = left.shape[1]
+    whitened = a.whitener @ a.vectors.T @ cross @ b.vectors @ b.whitener.T
+    turn, correlations, _ = np.linalg.svd(whitened)
+    left, correlations = a.vectors.T @ turn[:, :n], np.minimum(correlations[:n], 1)
     # D = X_c U + 1 m', so D'D = U' C U + m m', of which M is a root; and D'X = U' C + m mean'.
     means = a.mean[:n]
     root = np.vstack([np.sqrt(a.variances)[:, None] * left, means[None]])

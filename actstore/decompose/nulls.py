@@ -6,8 +6,9 @@ side is moved on by some documents, around the end: both sides keep what their d
 and no row meets its own.
 
 The shift is made in kernels: of a sample of rows the kernel of each site is computed once, and a
-shift permutes it.  A debiased product of kernels is right for any number of rows, so the sample's
-answer is that of the store, with some noise.
+shift permutes it.  The sample takes every so-manieth row in the order of documents, so that a shift
+of it is the shift of all rows; and a debiased product of kernels is right for any number of rows,
+so its answer is that of the store, with some noise.
 
 References
 ----------
@@ -16,6 +17,7 @@ Song et al., JMLR 13 (2012), equation 5.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -34,7 +36,6 @@ N_SHIFTS = 20
 _BLOCK_ROWS = 512
 _N_BLOCKS = 4
 _MOST_ALIKE = 0.25
-_SEED = 2
 
 
 def centred_kernels(values: torch.Tensor, sites: Sequence[slice]) -> torch.Tensor:
@@ -75,11 +76,11 @@ def shifted_products(
     scan: Scan,
     prepare: Callable[[torch.Tensor], Sequence[torch.Tensor]],
     documents_of: Callable[[Ids], Ids],
-    seed: int,
 ) -> Float64:
     """Return the debiased HSIC of all pairs of sites, one side shifted.
 
-    Cost: kernels of 2,048 rows in blocks of 512, and of each a permutation for every shift.
+    Cost: kernels of 2,048 rows in blocks of 512, and of each a permutation for every shift; two
+    passes over the documents of all rows.
 
     Parameters
     ----------
@@ -89,8 +90,6 @@ def shifted_products(
         Returns of a block's values the centred columns of each site, ``(n, its width)``.
     documents_of : callable
         Returns the document of each row_id.
-    seed : int
-        Chooses the rows.
 
     Returns
     -------
@@ -98,25 +97,24 @@ def shifted_products(
         The second site is the shifted one.  No shifts if there are too few documents, or one is
         most of the rows.
     """
-    rng = np.random.default_rng([seed, _SEED])
-    n_rows = min(scan.n_rows, _N_BLOCKS * _BLOCK_ROWS)
-    ranks = rng.choice(scan.n_rows, n_rows, replace=False)
-    dealt = np.array_split(ranks, -(-n_rows // _BLOCK_ROWS))
-    starts = _starts(np.sort(documents_of(scan.ranked.row_ids(ranks))))
-    if not len(starts):
+    ranks, documents = _in_order_of_documents(scan, documents_of, _N_BLOCKS * _BLOCK_ROWS)
+    n_blocks = -(-len(ranks) // _BLOCK_ROWS)
+    # Each block goes through all documents in steps, so that places agree with those of all rows.
+    dealt = [ranks[first::n_blocks] for first in range(n_blocks)]
+    firsts = _shifts(documents)
+    if not len(firsts):
         return np.empty((0, 0, 0))
 
     def shifted(blocks: Iterable[Block]) -> Sums:
         total: torch.Tensor | None = None
         for block in blocks:
-            documents = documents_of(block.row_ids)
-            order = np.lexsort((block.row_ids, documents))
-            sites = prepare(block.values[torch.from_numpy(order)])
-            kernels = centred(sites).float()  # of a sample, whose noise is larger than rounding
+            kernels = centred(
+                prepare(block.values)
+            ).float()  # of a sample, whose noise is larger than rounding
             n_sites, n = kernels.shape[:2]
             flat = kernels.reshape(n_sites, -1)
             products = []
-            for first in np.searchsorted(documents[order], starts).tolist():
+            for first in np.round(firsts * n).astype(np.int64).tolist():
                 moved = torch.cat([kernels[:, first:], kernels[:, :first]], 1)
                 moved = torch.cat([moved[:, :, first:], moved[:, :, :first]], 2)
                 products.append(flat @ moved.reshape(n_sites, -1).T)
@@ -131,17 +129,44 @@ def shifted_products(
     return found
 
 
-def _starts(documents: Ids) -> Ids:
-    """Return the documents that a shifted side begins with, given the document of each row.
+def _in_order_of_documents(
+    scan: Scan, documents_of: Callable[[Ids], Ids], n_wanted: int
+) -> tuple[Ids, Ids]:
+    """Return ranks and documents of every so-manieth row, all rows in the order of documents.
 
-    A document longer than the shift meets itself; of all shifts those are taken that let the
-    fewest rows do so, as far apart as there are any.
+    Cost: two passes over the documents of all rows, a segment at a time.
     """
-    candidates, firsts = np.unique(documents, return_index=True)
-    candidates, firsts = candidates[1:], firsts[1:]
+    n_rows = scan.n_rows
+    n_chosen = min(n_wanted, n_rows)
+    ranks, documents = np.empty((2, n_chosen), np.int64)
+    segments = list(itertools.pairwise(scan.ranked.edges.tolist()))
+    counts = np.zeros(scan.store.n_documents, np.int64)
+    for first, stop in segments:
+        own = documents_of(scan.ranked.row_ids(np.arange(first, stop)))
+        counts += np.bincount(own, minlength=len(counts))
+    place = np.cumsum(counts) - counts  # of the next row of each document
+    for first, stop in segments:
+        own = documents_of(scan.ranked.row_ids(np.arange(first, stop)))
+        order = np.argsort(own, kind="stable")
+        numbers, starts, here = np.unique(own[order], return_index=True, return_counts=True)
+        places = np.arange(len(own)) + np.repeat(place[numbers] - starts, here)
+        place[numbers] += here
+        slots = places * n_chosen // n_rows
+        chosen = slots != (places - 1) * n_chosen // n_rows
+        ranks[slots[chosen]] = first + order[chosen]
+        documents[slots[chosen]] = own[order][chosen]
+    return ranks, documents
+
+
+def _shifts(documents: Ids) -> Float64:
+    """Return by which part of the rows to shift, given their documents in order.
+
+    Every shift is by whole documents.  A document longer than the shift meets itself; of all shifts
+    those are taken that let the fewest rows do so, as far apart as there are any.
+    """
+    firsts = np.flatnonzero(np.diff(documents)) + 1
     alike = np.array([np.mean(documents == np.roll(documents, -first)) for first in firsts])
-    good = alike <= min(_MOST_ALIKE, alike.min(initial=1.0) + 0.02)
-    candidates = candidates[good]
-    places = np.linspace(0, len(candidates) - 1, min(N_SHIFTS, len(candidates))).round()
-    chosen: Ids = candidates[places.astype(np.int64)]
+    firsts = firsts[alike <= min(_MOST_ALIKE, alike.min(initial=1.0) + 0.02)]
+    places = np.linspace(0, len(firsts) - 1, min(N_SHIFTS, len(firsts))).round()
+    chosen: Float64 = firsts[places.astype(np.int64)] / len(documents)
     return chosen

@@ -188,7 +188,7 @@ def similarity(
     max_batches : int, default 4096
         Stop the estimate after so many in any case.
     seed : int, default 0
-        Decides which rows are read, and which the null is made of.
+        Decides which rows the estimate reads.
     name : str, optional
         Name of the result; by default ``similarity-1`` and so on.
     budget : int or str, optional
@@ -427,7 +427,7 @@ class _Run:
     def _shifted(self, prepare: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> Float64:
         if self.scan.n_rows < 2 * MIN_BATCH_ROWS:
             return np.empty((0, 0, 0))
-        return shifted_products(self.scan, prepare, self.subject.documents_of, self.settings.seed)
+        return shifted_products(self.scan, prepare, self.subject.documents_of)
 
     # -- all rows ------------------------------------------------------------------------------
 
@@ -485,8 +485,9 @@ class _Run:
         }
         if n_rows <= sum(sorted(ranks)[-2:]):
             facts["warning"] = (
-                f"{n_rows:,} rows are no more than the directions of two sites together: any two "
-                "sites have correlations of 1 then. Compare value with null_mean, or use CKA."
+                f"{n_rows:,} rows are no more than the directions of two sites together: some "
+                "correlations are 1 then, of any two sites. Compare value with null_mean, or use "
+                "CKA."
             )
         return _Found(
             value,
@@ -529,13 +530,9 @@ class _Run:
         if self.settings.variant == "paper":
             return cca.pwcca(a, left, found), cca.pwcca(b, right, found), r2
         # Google's code weighs by the site with fewer columns, the first of two alike.
-        first = cca.pwcca_svcca(a, left, found) if a.rank <= b.rank else math.nan
-        second = cca.pwcca_svcca(b, right, found) if b.rank <= a.rank else math.nan
-        return (
-            second if math.isnan(first) else first,
-            first if math.isnan(second) else second,
-            r2,
-        )
+        by_a = cca.pwcca_svcca(a, b, cross) if a.rank <= b.rank else None
+        by_b = cca.pwcca_svcca(b, a, cross.T) if by_a is None or a.rank == b.rank else by_a
+        return by_b if by_a is None else by_a, by_b, r2
 
     def _cca_null(self, kept: Sequence[cca.Directions]) -> Float64:
         """Return the measure of sites of which one is shifted, ``(shifts, n_sites, n_sites)``.
