@@ -79,7 +79,7 @@ class Estimate:
     hsic: Float64
     """Debiased HSIC of all pairs."""
     max_channel_share: Float64
-    """The largest part of each site's variance that one channel has, ``(n_sites,)``."""
+    """The largest part of each site's variance that one channel has, of the frame's sample."""
     n_rows: int
     """Rows read."""
     n_batches: int
@@ -152,16 +152,16 @@ class Contributions:
         square = (n_sites, n_sites)
         by_group = torch.zeros(self.n_groups, *square, dtype=torch.float64)
         rows_of_group = torch.zeros(self.n_groups, dtype=torch.float64)
-        variances = torch.zeros(len(self.frame.shift), dtype=torch.float64)
         pairs22, pairs31 = (torch.zeros(square, dtype=torch.float64) for _ in range(2))
         by_run: torch.Tensor | None = None
         n_rows = n_batches = 0
         for block in blocks:
             values = self.frame.apply(block.values)
-            kernels = centred_kernels(values, self.sites)
-            variances += torch.linalg.vector_norm(values, dim=0).double().square()
+            values -= values.mean(0)
             n = len(values)
-            by_row = torch.einsum("aij,bij->iab", kernels, kernels) / (n - 3)
+            kernels = centred_kernels([values[:, columns] for columns in self.sites])
+            kernels /= (n - 3) ** 0.5
+            by_row = torch.einsum("aij,bij->iab", kernels, kernels).double()
             # One batch has the rows of all runs but perhaps of the last.
             if by_run is None:
                 by_run = by_row.clone()
@@ -173,8 +173,8 @@ class Contributions:
             rows_of_group += torch.bincount(index, minlength=self.n_groups)
             flat = kernels.reshape(n_sites, -1)
             squares = flat.square()
-            pairs22 += squares @ squares.T / (n - 3) ** 2
-            pairs31 += (squares * flat) @ flat.T / (n - 3) ** 2
+            pairs22 += squares @ squares.T
+            pairs31 += (squares * flat) @ flat.T
             n_rows += n
             n_batches += 1
         assert by_run is not None
@@ -189,7 +189,6 @@ class Contributions:
             "pairs31": pairs31,
             "by_group": by_group,
             "rows_of_group": rows_of_group,
-            "variances": variances,
         }
 
 
@@ -257,6 +256,7 @@ def estimate(
     stopped = "rows" if n_decks == deck.n_decks else "max_batches"
     steps = list(_steps(n_decks, -(-MIN_BATCHES // per_deck)))
     groups = _Groups(scan, documents_of)
+    shares = channel_shares(frame.variance.numpy(), sites)
     ranges = deck.ranges(n_decks)
     dealt = [[next(ranges) for _ in range(n)] for n in steps]
     with engine.steps(scan, dealt) as running:
@@ -267,7 +267,7 @@ def estimate(
             n_done += len(step)
             if progress:
                 progress(n_done * per_deck, n_decks * per_deck)
-            found = _estimate(totals, scan, sites, groups.n_documents, stopped)
+            found = _estimate(totals, scan.n_rows, shares, groups.n_documents, stopped)
             enough = n_done * per_deck >= MIN_BATCHES
             if enough and np.nanmax(found.half_width, initial=0.0) <= tolerance:
                 return Estimate(**{**vars(found), "stopped": "tolerance"})
@@ -308,20 +308,20 @@ class _Groups:
 
 
 def _estimate(
-    totals: Sums, scan: Scan, sites: Sequence[slice], n_documents: int, stopped: str
+    totals: Sums, n_all: int, max_channel_share: Float64, n_documents: int, stopped: str
 ) -> Estimate:
     sums = {name: value.numpy() for name, value in totals.items()}
     n_rows, n_batches, n_runs = sums["n"]
     hsic = sums["sum"] / n_rows
     value = cka(hsic)
-    variance = _store_variance(sums, hsic, value, n_rows / scan.n_rows)
+    variance = _store_variance(sums, hsic, value, n_rows / n_all)
     quantile = float(stdtrit(n_runs - 1, (1 + _LEVEL) / 2))
     return Estimate(
         value,
         np.where(np.isnan(value), np.nan, quantile * np.sqrt(variance)),
         _text_half_width(sums, hsic, n_rows, n_documents),
         hsic,
-        channel_shares(sums["variances"], sites),
+        max_channel_share,
         int(n_rows),
         int(n_batches),
         n_documents,

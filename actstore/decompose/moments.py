@@ -42,6 +42,8 @@ class Frame:
 
     shift: torch.Tensor
     """Float32 ``(width,)``: the pilot mean."""
+    variance: torch.Tensor
+    """Float64 ``(width,)``: the variance that is left, of a sample or, standardized, of all."""
     scale: torch.Tensor | None = None
     """Float32 ``(width,)``, 0 for a constant column; None leaves the columns as they are."""
 
@@ -54,7 +56,8 @@ class Frame:
 
     def of(self, columns: slice) -> Frame:
         """Return the frame of some columns."""
-        return Frame(self.shift[columns], None if self.scale is None else self.scale[columns])
+        scale = None if self.scale is None else self.scale[columns]
+        return Frame(self.shift[columns], self.variance[columns], scale)
 
 
 @dataclass(frozen=True)
@@ -81,22 +84,23 @@ def frame_of(scan: Scan, engine: Engine, standardize: bool) -> Frame:
     Cost: 4,096 rows; with `standardize` all of them, since a neuron that is rarely active has no
     variance in a sample.
     """
-    total = torch.zeros(scan.width, dtype=torch.float64)
-    n_rows = 0
-    for block in scan.sample(_PILOT_ROWS):
-        total += block.values.double().sum(0)
-        n_rows += len(block.values)
+    sample = scan.sample(_PILOT_ROWS)
+    total = sum((block.values.double().sum(0) for block in sample), torch.zeros(()))
     # Of a constant column this is the constant to the last bit, so it becomes zero.
-    shift = (total / n_rows).float()
+    shift = (total / len(sample)).float()
+    if standardize:
+        found = engine.total(
+            scan, _ColumnSums(shift), list(scan.ordered_ranges(block_rows(scan.width)))
+        )
+    else:
+        found = _ColumnSums(shift)(sample)
+    mean, square = found["sums"] / found["n"]
+    variance = (square - mean.square()).clamp(min=0)
     if not standardize:
-        return Frame(shift)
-    found = engine.total(
-        scan, _ColumnSums(shift), list(scan.ordered_ranges(block_rows(scan.width)))
-    )
-    mean = found["sums"][0] / found["n"]
-    variance = (found["sums"][1] / found["n"] - mean.square()).clamp(min=0)
+        return Frame(shift, variance)
     # A constant column keeps what float32 leaves of it, which is nothing where the pilot is exact.
-    return Frame(shift, torch.where(variance > 0, variance.rsqrt(), 0.0).float())
+    scale = torch.where(variance > 0, variance.rsqrt(), 0.0)
+    return Frame(shift, variance * scale.square(), scale.float())
 
 
 def block_rows(width: int) -> int:
@@ -270,7 +274,9 @@ def tiles(
         chosen = [frames[site] for site in sites]
         scales = [frame.scale for frame in chosen if frame.scale is not None]
         frame = Frame(
-            torch.cat([frame.shift for frame in chosen]), torch.cat(scales) if scales else None
+            torch.cat([frame.shift for frame in chosen]),
+            torch.cat([frame.variance for frame in chosen]),
+            torch.cat(scales) if scales else None,
         )
         scan = make_scan(sites, _bytes_between(widths, rows, columns))
         ranges = list(scan.ordered_ranges(block_rows(scan.width)))

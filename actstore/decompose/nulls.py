@@ -38,37 +38,30 @@ _N_BLOCKS = 4
 _MOST_ALIKE = 0.25
 
 
-def centred_kernels(values: torch.Tensor, sites: Sequence[slice]) -> torch.Tensor:
+def centred_kernels(sites: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the kernel of each site without its diagonal, centred without bias.
 
     Parameters
     ----------
-    values : Tensor (n, width)
-        Rows, at least 4; their mean is taken off in place, which changes rounding only.
-    sites : sequence of slice
-        The columns of each site.
+    sites : sequence of Tensor (n, width of the site)
+        Rows, at least 4, with their mean taken off.
 
     Returns
     -------
-    Tensor (sites, n, n), float64
+    Tensor (sites, n, n), float32
         Rows and columns sum to zero; the inner product of two is ``n (n - 3)`` times Song's
         unbiased HSIC.
     """
-    values -= values.mean(0)
-    return centred([values[:, columns] for columns in sites])
-
-
-def centred(sites: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the same of sites that are given apart, each ``(n, its width)``."""
     n = len(sites[0])
-    kernels = torch.empty(len(sites), n, n, dtype=torch.float64)
+    kernels = torch.empty(len(sites), n, n)
     for kernel, site in zip(kernels, sites, strict=True):
-        kernel.copy_(site @ site.T).fill_diagonal_(0)
-    rows = kernels.sum(2) / (n - 2)
-    kernels -= rows[:, :, None]
-    kernels -= rows[:, None, :]
-    kernels += (rows.sum(1) / (n - 1))[:, None, None]
-    kernels.diagonal(dim1=1, dim2=2).zero_()
+        torch.mm(site, site.T, out=kernel)
+        # Of centred rows the kernel sums to zero with its diagonal, so without it to minus that.
+        own = kernel.diagonal().double()
+        means = own / (n - 2)
+        kernel += (means - own.sum() / ((n - 1) * (n - 2))).float()[:, None]
+        kernel += means.float()
+        kernel.fill_diagonal_(0)
     return kernels
 
 
@@ -108,9 +101,7 @@ def shifted_products(
     def shifted(blocks: Iterable[Block]) -> Sums:
         total: torch.Tensor | None = None
         for block in blocks:
-            kernels = centred(
-                prepare(block.values)
-            ).float()  # of a sample, whose noise is larger than rounding
+            kernels = centred_kernels(prepare(block.values))
             n_sites, n = kernels.shape[:2]
             flat = kernels.reshape(n_sites, -1)
             products = []

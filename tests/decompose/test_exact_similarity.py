@@ -92,7 +92,7 @@ BOTH = [("cka", {"method": "exact"}), ("pwcca", {})]
 
 def test_products_that_cannot_fit_are_refused(store):
     """The message says by how much the budget is short."""
-    frames = [moments.Frame(torch.zeros(w)) for w in (37, 23, 41)]
+    frames = [moments.Frame(torch.zeros(w), torch.ones(w)) for w in (37, 23, 41)]
     with pytest.raises(BudgetExceeded, match=r"41 columns take [\d,]+ bytes.* budget= larger"):
         list(moments.tiles(None, [37, 23, 41], frames, Engine.local(), free_bytes=9000))
 
