@@ -1,6 +1,5 @@
 """Exact CKA and the CCA family against plain NumPy in float64, over data that breaks others."""
 
-import importlib
 import warnings
 
 import distributed
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from actstore.decompose import cca, moments, similarity
+from actstore.decompose import cca, measuring, moments, similarity
 from actstore.decompose.engine import Engine
 from actstore.errors import ArgumentError, BudgetExceeded
 from tests.decompose import references
@@ -73,7 +72,7 @@ def test_tiles_of_pairs_give_the_same(store, free_sites, monkeypatch):
     whole = {m: similarity(store, None, measure=m, **o) for m, o in BOTH}
     tiles = moments.tiles
     monkeypatch.setattr(
-        importlib.import_module("actstore.decompose.similarity"),
+        measuring,
         "tiles",
         lambda *args, **options: (
             seen.append(tile) or tile
