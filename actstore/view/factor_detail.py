@@ -186,6 +186,8 @@ def _types(store: CoreStore, factors: Factors) -> dict[int, dict[str, list[list[
 
 def _stability(store: CoreStore, factors: Factors) -> dict[int, dict[str, Any]]:
     """Return how stable each factor was found to be last, where a result says so."""
+    if factors.result.kind != "nmf":
+        return {}  # stability is of these; another kind may have a result of the same name
     for result in reversed(store.results("stability")):
         if result.document["factors"] == factors.name:
             return {int(row["factor"]): row for row in result.table("factor_stability").to_pylist()}

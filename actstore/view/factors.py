@@ -124,7 +124,7 @@ def _facts(factors: Factors) -> list[list[str]]:
     summary = factors.summary
     neurons = sum(info.width for info in factors.sites)
     facts = [
-        ["result", factors.name],
+        [factors.result.kind.upper(), factors.name],
         ["rows", f"{summary['n_rows']:,} ({summary['rows']})"],
         ["neurons", f"{neurons:,} at {len(factors.sites)} sites"],
     ]

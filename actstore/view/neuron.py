@@ -23,6 +23,7 @@ from actstore.view.quantised import embedded, quantised
 _SHOWN = Shown(k=20, n_bins=10, n_each=2, n_random=20, before=16, after=12, n_bottom=20)
 _BARS = 96
 _FITS = 4
+_KINDS = ("nmf", "pca", "ica")
 _FACTORS = 6
 _GROUPS_SHOWN = 24
 _SCALE_QUANTILE = 0.995
@@ -278,7 +279,9 @@ def _exemplars(portrait: Portrait, largest: float, signed: bool) -> list[list[An
 def _factors(index: NeuronIndex) -> list[dict[str, Any]]:
     """Return the factors of the newest decompositions that the neuron loads on most."""
     found: list[dict[str, Any]] = []
-    for result in reversed(index.store.results("nmf")):
+    for result in reversed(index.store.results()):
+        if result.kind not in _KINDS:
+            continue
         factors = Factors(index.store, result)
         if index.info.site not in [info.site for info in factors.sites]:
             continue
@@ -288,6 +291,7 @@ def _factors(index: NeuronIndex) -> list[dict[str, Any]]:
         found.append(
             {
                 "result": factors.name,
+                "kind": result.kind,
                 "n_components": factors.n_components,
                 "factors": [
                     [

@@ -115,6 +115,7 @@ def factors_notebook(
     factors_name: str | None,
     path: str | Path,
     *,
+    kind: str = "nmf",
     compare: str | None = None,
 ) -> Path:
     """Write a notebook that opens a store again and shows its factors; return its path.
@@ -128,8 +129,10 @@ def factors_notebook(
     path : str or Path
         File to write, ``*.ipynb``.  It names the store relative to its own folder where that is
         near, so that the two can move together.
+    kind : str, default "nmf"
+        Kind of the decomposition.
     compare : str, optional
-        Name of another decomposition that each factor is compared with.
+        Name of another decomposition of the kind that each factor is compared with.
 
     Raises
     ------
@@ -141,6 +144,8 @@ def factors_notebook(
     to_notebook : Writes any cells.
     """
     name = "" if factors_name is None else repr(factors_name)
+    if kind != "nmf":
+        name += f"{', ' if name else ''}kind={kind!r}"
     cells = [
         *_opening(store_path, path),
         ("markdown", "Its factors: their share of the energy, and of how many neurons each is."),
@@ -157,9 +162,9 @@ def factors_notebook(
             'store.sql("""\n'
             "    SELECT factor, rank, value, snippet(row_id, 6, 3) AS text\n"
             "    FROM factor_exemplars\n"
-            "    WHERE result = $result AND side = 'top' AND rank <= 3\n"
+            "    WHERE kind = $kind AND result = $result AND side = 'top' AND rank <= 3\n"
             "    ORDER BY factor, rank\n"
-            '""", result=factors.name).df()',
+            '""", kind=factors.result.kind, result=factors.name).df()',
         ),
     ]
     return to_notebook(path, cells, f"Factors of {Path(store_path).resolve().name}")

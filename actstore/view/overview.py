@@ -189,13 +189,18 @@ def _strengths(store: CoreStore, generation: Generation) -> dict[str, tuple[floa
     return found
 
 
-_OPENS = {"nmf": "factors", "similarity": "similarity_result"}
+_OPENS = {
+    "nmf": "factors({name})",
+    "pca": 'factors({name}, kind="pca")',
+    "ica": 'factors({name}, kind="ica")',
+    "similarity": "similarity_result({name})",
+}
 
 
 def _result(result: Result) -> dict[str, Any]:
     document = result.document
     what = ""
-    if result.kind == "nmf":
+    if "n_components" in document and result.kind in _OPENS:
         what = f"{document['n_components']} factors"
         if document.get("error") is not None:
             what += f", relative error {document['error']:.3f}"
@@ -204,14 +209,14 @@ def _result(result: Result) -> dict[str, Any]:
     elif result.kind == "stability":
         what = f"{document['n_stable']} of {document['n_components']} factors of "
         what += f"{document['factors']} are stable"
-    method = _OPENS.get(result.kind)
+    call = _OPENS.get(result.kind, "").format(name=json.dumps(result.name))
     return {
         "kind": result.kind,
         "name": result.name,
         "created": str(document["created"])[:16].replace("T", " "),
         "sites": _summary(document.get("sites", ())),
         "what": what,
-        "code": f"store.{method}({json.dumps(result.name)}).view()" if method else "",
+        "code": f"store.{call}.view()" if call else "",
     }
 
 

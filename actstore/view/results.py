@@ -53,7 +53,9 @@ class Factors(decompose.Factors):
         ArgumentError, RowNotFound, ResultNotFound
             If no document is asked for, the store has none of that number, or no such result.
         """
-        other = None if compare is None else decompose.Factors.open(self.store, compare)
+        other = None
+        if compare is not None:
+            other = decompose.Factors(self.store, self.store.result(self.result.kind, compare))
         return factor_view(self.store, self, document, max_documents, other=other)
 
     def __repr__(self) -> str:
@@ -171,7 +173,8 @@ class Factors(decompose.Factors):
 
     def to_notebook(self, path: str | Path, *, compare: str | None = None) -> Path:
         """Write an executed notebook that opens the store again and shows these factors."""
-        return factors_notebook(self.store.path, self.name, path, compare=compare)
+        kind = self.result.kind
+        return factors_notebook(self.store.path, self.name, path, kind=kind, compare=compare)
 
 
 class Similarity(decompose.Similarity):

@@ -106,10 +106,10 @@ function draw(view, data) {
   const section = (title, ...nodes) => el("div", {}, el("h4", {}, title), ...nodes);
   const note = (text) => el("p", { class: "note" }, text);
 
-  const fits = data.factors.map(({ result, n_components, factors }) => {
+  const fits = data.factors.map(({ result, kind, n_components, factors }) => {
     const most = Math.max(...factors.map(([, loading]) => Math.abs(loading)), 1e-9);
     const name = el("bdi", {}, visible(result));
-    return el("div", { class: "fit" }, el("p", { class: "note" }, "Fit ", name, `, ${n_components} factors`), factors.length
+    return el("div", { class: "fit" }, el("p", { class: "note" }, `${kind.toUpperCase()} `, name, `, ${n_components} factors`), factors.length
       ? grid(["factor", "loading", "place among its neurons"], factors.map(([factor, loading, rank]) =>
         [String(factor), meter(loading, most, number(loading)), number(rank)]))
       : note("It loads on none."));
