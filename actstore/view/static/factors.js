@@ -402,10 +402,11 @@ function draw(view, data) {
 
   function typeTable(rows, by) {
     const top = Math.max(...rows.map(([, , mean, , share]) => (by === "mean" ? Math.abs(mean) : share)), 1e-9);
-    return grid(["token type", "rows", "mean score", "times the factor\u2019s mean", "share of its energy"],
+    const lifted = rows.some(([, , , lift]) => lift !== null); // signed scores have none
+    return grid(["token type", "rows", "mean score", ...(lifted ? ["times the factor\u2019s mean"] : []), "share of its energy"],
       rows.map(([text, n, mean, lift, share]) => [
         word(text), number(n), by === "mean" ? meter(mean, top, number(mean)) : number(mean),
-        lift === null ? "" : number(lift), by === "share" ? meter(share, top, percent(share)) : percent(share)]));
+        ...(lifted ? [number(lift)] : []), by === "share" ? meter(share, top, percent(share)) : percent(share)]));
   }
 
   function documentTable(rows) {
