@@ -71,7 +71,7 @@ class Checkpoint:
         """Return the state that was saved last; None if there is none, or it was torn."""
         path = self.folder / "state.npz"
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)  # each member is checked by its crc32
         except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
             return None

@@ -41,6 +41,7 @@ Sums = dict[str, torch.Tensor]
 _TASKS_PER_WORKER = 4
 _RETRIES = 2
 _ATTEMPTS = 3
+_WAIT_SECONDS = 60
 _FAN_IN = 8  # a power of two, so that every branch is one of the tree
 _READERS = 2
 
@@ -324,7 +325,7 @@ class _OnDask:
 
         for attempt in itertools.count(1):
             try:
-                outcome, reads, n_bytes = self._run(work, ranges)
+                outcome = self._run(work, ranges)
                 break
             except distributed.KilledWorker as error:
                 raise BudgetExceeded(
@@ -333,15 +334,19 @@ class _OnDask:
                     "give fewer workers= (--workers) or a smaller budget= (--budget), and run the "
                     "same again; finished steps stand."
                 ) from None
-            except (distributed.CancelledError, KeyError):
-                # The only worker that held the settings is gone; they are handed out again.
+            except (distributed.CancelledError, OSError, KeyError):
+                # A worker went while it was handed the settings, or was the only one that had them.
                 if attempt == _ATTEMPTS:
                     raise
-        self._scan.ranked.n_reads += reads
-        self._scan.ranked.bytes_read += n_bytes
-        return outcome
+                self._client.wait_for_workers(1, timeout=_WAIT_SECONDS)
+        if isinstance(outcome, Exception):
+            raise outcome
+        sums, n_reads, bytes_read = outcome
+        self._scan.ranked.n_reads += n_reads
+        self._scan.ranked.bytes_read += bytes_read
+        return {name: torch.from_numpy(value) for name, value in sums.items()}
 
-    def _run(self, work: Work, ranges: Sequence[Range]) -> tuple[Sums, int, int]:
+    def _run(self, work: Work, ranges: Sequence[Range]) -> Outcome:
         import distributed
 
         client = self._client
@@ -376,11 +381,7 @@ class _OnDask:
         finally:
             for task in (*tasks, *added):
                 task.release()
-        found = add_outcomes(outcomes)
-        if isinstance(found, Exception):
-            raise found
-        sums, reads, n_bytes = found
-        return {name: torch.from_numpy(value) for name, value in sums.items()}, reads, n_bytes
+        return add_outcomes(outcomes)
 
 
 Outcome = tuple[dict[str, npt.NDArray[Any]], int, int] | Exception

@@ -373,7 +373,10 @@ def _start_loadings(
 
 def _names(store: CoreStore, name: str | None, fits: Sequence[tuple[int, int]]) -> list[str | None]:
     """Return the names of several results."""
-    base = name or store.new_result("nmf", None, {}).name
+    taken = [result.name for result in store.results("nmf")]
+    numbers = (f"nmf-{number}" for number in itertools.count(1))
+    free = (n for n in numbers if not any(t == n or t.startswith(f"{n}-") for t in taken))
+    base = name or next(free)
     return [f"{base}-k{k}-seed{seed}" for k, seed in fits]
 
 

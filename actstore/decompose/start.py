@@ -31,6 +31,9 @@ _POWER_ITERATIONS = 2
 _IMPROVE_SWEEPS = 2
 _TINY = 1e-6
 _SEEDING_ROWS = 2048
+_SEEDING_SWEEPS = 20
+_SEEDINGS = 10
+_MOST_SEEDED = 1024  # components of all beginnings
 _PART = 4  # blocks of the sample of which the first rounds take one
 _PART_ROUNDS = 10
 _REVIVING_ROWS = 512
@@ -84,8 +87,7 @@ class Start:
         """
         if n_active[0] is not None:
             return [
-                Dictionary(self._far_rows(k, seed), n)
-                for k, n in zip(n_components, n_active, strict=True)
+                self._seeded(k, n, seed) for k, n in zip(n_components, n_active, strict=True) if n
             ]
         return [Dictionary(loadings) for loadings in self._nndsvda(n_components, seed)]
 
@@ -105,16 +107,7 @@ class Start:
             Sweeps of the codes.
         """
         for ranges, n in ((self._part, _PART_ROUNDS), (self._sample.ranges, n_rounds)):
-            paces = [_Pace(dictionary) for dictionary in dictionaries]
-            for _ in range(n):
-                work = SurrogateWork.of(dictionaries, self._matrix, self._form, n_sweeps)
-                take(dictionaries, self._matrix, self._total(work, ranges), 0.0)
-                for dictionary, pace in zip(dictionaries, paces, strict=True):
-                    pace.improve(self._threads)
-                    if dictionary.dead:
-                        dictionary.revive(self.rows(_REVIVING_ROWS))
-            for pace in paces:
-                pace.rest()
+            self._rounds(dictionaries, ranges, n, n_sweeps)
 
     def rows(self, n_rows: int) -> torch.Tensor:
         """Return about so many rows of the matrix, from all over the sample."""
@@ -189,19 +182,49 @@ class Start:
 
     # -- signed --------------------------------------------------------------------------------
 
-    def _far_rows(self, k: int, seed: int) -> torch.Tensor:
-        """Return k rows of the sample, each likely where those before explain little."""
-        rows = self.rows(_SEEDING_ROWS)
+    def _seeded(self, k: int, n_active: int, seed: int) -> Dictionary:
+        """Return the best of several beginnings, all tried in the same scans of the sample.
+
+        With one score a row they settle as clusters do; what mixes two of them comes apart then,
+        when rows may have more.
+        """
         rng = np.random.default_rng(seed)
-        rest = rows.double().square().sum(1)
-        units = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        chosen = []
-        for _ in range(k):
-            weights = rest.numpy() if rest.sum() > 0 else np.ones(len(rows))
-            chosen.append(int(rng.choice(len(rows), p=weights / weights.sum())))
-            along = (rows @ units[chosen[-1]]).clamp(min=0).double().square()
-            rest = torch.minimum(rest, (rows.double().square().sum(1) - along).clamp(min=0))
-        return torch.stack([units[row] for row in chosen])
+        rows = self.rows(_SEEDING_ROWS)
+        n = max(1, _MOST_SEEDED // k)
+        tried = [Dictionary(_far_rows(rows, k, rng), 1) for _ in range(min(n, _SEEDINGS))]
+        for active in sorted({1, n_active}):
+            for dictionary in tried:
+                dictionary.n_active = active
+            self._rounds(tried, self._part, _PART_ROUNDS, _SEEDING_SWEEPS)
+        return min(tried, key=Dictionary.objective)
+
+    def _rounds(
+        self, dictionaries: Sequence[Dictionary], ranges: list[Range], n: int, n_sweeps: int
+    ) -> None:
+        """Improve dictionaries on some ranges of the sample, so many times over."""
+        paces = [_Pace(dictionary) for dictionary in dictionaries]
+        for _ in range(n):
+            work = SurrogateWork.of(dictionaries, self._matrix, self._form, n_sweeps)
+            take(dictionaries, self._matrix, self._total(work, ranges), 0.0)
+            for dictionary, pace in zip(dictionaries, paces, strict=True):
+                pace.improve(self._threads)
+                if dictionary.dead:
+                    dictionary.revive(self.rows(_REVIVING_ROWS))
+        for pace in paces:
+            pace.rest()
+
+
+def _far_rows(rows: torch.Tensor, k: int, rng: np.random.Generator) -> torch.Tensor:
+    """Return k of some rows, of length one, each likely where those before explain little."""
+    rest = rows.double().square().sum(1)
+    units = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    chosen = []
+    for _ in range(k):
+        weights = rest.numpy() if rest.sum() > 0 else np.ones(len(rows))
+        chosen.append(int(rng.choice(len(rows), p=weights / weights.sum())))
+        along = (rows @ units[chosen[-1]]).clamp(min=0).double().square()
+        rest = torch.minimum(rest, (rows.double().square().sum(1) - along).clamp(min=0))
+    return torch.stack([units[row] for row in chosen])
 
 
 class _Pace:

@@ -1,12 +1,13 @@
 """Non-negative codes are the least-squares optimum."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from actstore.decompose.exemplars import Exemplars
 
-from actstore.decompose.codes import descend, solve_codes
+from actstore.decompose.codes import descend, solve_codes, solve_sparse_codes
 
 
 @pytest.mark.parametrize("k", [1, 7, 64])
@@ -51,22 +52,6 @@ def test_rows_that_still_move_are_counted():
     assert n_moving > 0
 
 
-def test_exemplars_equal_a_full_sort():
-    """The highest positive values of a column, ties by row, however the rows are split."""
-    rng = np.random.default_rng(0)
-    values = np.round(rng.normal(size=(997, 3)), 1).astype(np.float32)
-    values[:, 2] = np.where(np.arange(997) == 13, 0.5, -1)
-    row_ids = np.cumsum(rng.integers(1, 5, 997))
-    found = Exemplars(3, k=29)
-    for part in np.array_split(np.arange(997), 11):
-        found.update(values[part], row_ids[part])
-
-    for j, column in enumerate(values.T):
-        order = [i for i in np.lexsort((row_ids, -column)) if column[i] > 0][:29]
-        np.testing.assert_array_equal(found.row_ids[j], row_ids[order])
-        np.testing.assert_array_equal(found.values[j], column[order])
-
-
 @pytest.mark.parametrize("k", [1, 6, 33])
 @pytest.mark.parametrize("n", [5, 128, 301])
 def test_tiles_and_tensors_descend_alike(k, n):
@@ -89,3 +74,38 @@ def test_tiles_and_tensors_descend_alike(k, n):
 
     assert n_moving == expected
     np.testing.assert_allclose(compiled, plain, atol=1e-5)
+
+
+def test_threads_descend_alike():
+    """Columns shared out to threads come out as in one."""
+    rng = torch.Generator().manual_seed(0)
+    components = torch.rand(5, 40, generator=rng)
+    targets = components @ torch.rand(5001, 40, generator=rng).T
+    one, many = torch.zeros(5, 5001), torch.zeros(5, 5001)
+
+    descend(targets, components @ components.T / 40, one, n_sweeps=3)
+    with ThreadPoolExecutor(2) as threads:
+        descend(targets, components @ components.T / 40, many, n_sweeps=3, threads=threads)
+
+    assert torch.equal(one, many)
+
+
+def test_sparse_codes_are_the_best_on_their_components():
+    """No row uses more components than allowed, and none could use them better."""
+    rng = np.random.default_rng(0)
+    components = rng.normal(size=(7, 40)).astype(np.float32)
+    rows = rng.normal(size=(60, 40)).astype(np.float32)
+    products = torch.from_numpy(components @ rows.T)
+    gram = torch.from_numpy(components @ components.T)
+
+    codes, n_moving = solve_sparse_codes(products, gram, 3, n_sweeps=500, tolerance=1e-7)
+
+    assert n_moving == 0
+    assert ((codes > 0).sum(0) <= 3).all()
+    whole, _ = solve_codes(products, gram, n_sweeps=500, tolerance=1e-7)
+    lengths = np.linalg.norm(components, axis=1)
+    for row, code, full in zip(rows, codes.T.numpy(), whole.T.numpy(), strict=True):
+        chosen = np.argsort(-full * lengths)[:3]
+        expected = np.zeros(7)
+        expected[chosen] = scipy.optimize.nnls(components[chosen].T, row)[0]
+        np.testing.assert_allclose(code, expected, atol=1e-4)

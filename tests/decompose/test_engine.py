@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 
 import distributed
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from actstore.decompose.engine import Engine
-from actstore.decompose.scan import Scan
+from actstore.decompose.narrow import from_float16
+from actstore.decompose.scan import Form, Scan
+from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreNotFound
 from tests.synthetic import synthetic_store
 
 MIB = 2**20
@@ -47,6 +51,7 @@ class Weighted:
     power: int = 1
 
     def __call__(self, blocks):
+        """Return the sums of a range."""
         sums = None
         for block in blocks:
             weights = torch.from_numpy(np.sin(block.row_ids)).float()[:, None]
@@ -115,3 +120,101 @@ def test_dask_gives_the_bits_of_one_process(store, client, order):
         assert torch.equal(there[name], value), name
     assert sum(done) == int(here["n"])
     assert other.ranked.bytes_read >= other.n_rows * store.meta.row_bytes or order == "one"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """Ends the process of the worker that calls it first."""
+
+    flag: str
+
+    def __call__(self, blocks):
+        """Die, or return the sums of a range."""
+        if not os.path.exists(self.flag):
+            open(self.flag, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Weighted()(blocks)
+
+
+def test_a_killed_worker_costs_its_tasks_only(store, client, tmp_path):
+    """Another worker does them again, and the total is that of all rows."""
+    scan = make_scan(store)
+
+    sums = Engine(client).total(scan, Kill(str(tmp_path / "flag")), list(scan.mixed_ranges(128)))
+
+    check(sums, expected(store))
+
+
+def test_an_error_in_a_worker_is_its_own(tmp_path, client):
+    """NaN found by a worker is reported as it would be here, and not tried again."""
+    values = {"mlp_post.0": np.ones((700, 5))}
+    values["mlp_post.0"][333, 3] = np.nan
+    bad = synthetic_store(tmp_path / "store", values)
+    scan = make_scan(bad)
+
+    with pytest.raises(NonFiniteActivation, match=r"mlp_post\.0 of .* is nan at row_id .*neuron 3"):
+        Engine(client).total(scan, Weighted(), list(scan.ordered_ranges()))
+
+
+def test_a_worker_that_does_not_see_the_store_says_so(store, client, tmp_path):
+    """The message says what all machines must see."""
+    scan = make_scan(store)
+    scan.store = type("Elsewhere", (), {"path": tmp_path / "none"})()
+
+    with pytest.raises(StoreNotFound, match=r"the worker on .* does not find the store at .*none"):
+        Engine(client).total(scan, Weighted(), list(scan.ordered_ranges()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipped:
+    """What a block looks like in a form."""
+
+    def __call__(self, blocks):
+        """Return sums of what is there, and whether anything is below zero."""
+        total, low, bits = torch.zeros(101, dtype=torch.float64), 0, 0
+        for block in blocks:
+            total += block.values.double().sum(0)
+            low = min(low, float(block.values.min()))
+            bits = block.values.element_size()
+        return {"total": total, "low": torch.tensor(low), "bytes": torch.tensor(bits)}
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_come_in_the_form_asked_for(store, dtype, clip):
+    """Clipped or not, in either dtype, values are the stored ones to its rounding."""
+    scan = make_scan(store)
+    ids = store.rows().row_ids()
+    values = np.hstack([store[i.site][ids].astype(np.float32) for i in store.select(None)])
+    wanted = torch.from_numpy(np.maximum(values, 0) if clip else values)
+    if dtype == "bfloat16":
+        wanted = wanted.bfloat16()
+
+    sums = Engine.local().total(
+        scan, Clipped(), [list(map(np.array, [range(scan.n_rows)]))], form=Form(dtype, clip)
+    )
+
+    assert (float(sums["low"]) == 0) == clip
+    np.testing.assert_allclose(sums["total"], wanted.double().sum(0), atol=1e-4)
+
+
+def test_every_float16_becomes_its_bfloat16():
+    """All 65,536 bit patterns are rounded as torch rounds them; what is not finite is noticed."""
+    bits = np.arange(2**16, dtype=np.uint16)[None]
+    values = torch.from_numpy(bits.view(np.int16)).view(torch.float16)
+    finite = torch.isfinite(values).numpy()[0]
+    for clip in (False, True):
+        out = np.zeros((1, 2**16), np.uint16)
+        assert not from_float16(bits, out, 0, clip)
+        assert from_float16(np.ascontiguousarray(bits[:, finite]), out[:, finite].copy(), 0, clip)
+        wanted = values.clamp(min=0) if clip else values
+        found = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+        assert torch.equal(found[:, finite], wanted.bfloat16()[:, finite])
+
+
+def test_a_range_too_large_for_the_budget_is_refused(store):
+    """The message says what is needed."""
+    scan = make_scan(store, budget=17 * MIB)
+
+    with pytest.raises(BudgetExceeded, match=r"needs at least [\d,]+ bytes .*Pass budget="):
+        Engine.local().total(scan, Weighted(), list(scan.mixed_ranges(8192)))
