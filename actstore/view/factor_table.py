@@ -52,7 +52,9 @@ def headline(factors: Factors) -> str:
         quality.append(f"{certificates['unconverged_rows']:,} rows not converged")
     lines.append(", ".join(quality))
     seconds = sum(summary["seconds"].values())
-    read = f"{summary['bytes_read'] / 1e9:,.2f} GB read in {summary['n_reads']:,} reads"
+    read = f"{summary['bytes_read'] / 1e9:,.2f} GB read"
+    if "reads" in summary:
+        read += f", every row {summary['reads']:.2f} times"
     lines.append(f"{read}, {seconds:,.1f} s")
     return "\n".join(line for line in lines if line)
 
