@@ -89,3 +89,15 @@ def test_a_store_of_other_sites_is_refused(tmp_path, factors):
 
     with pytest.raises(StoreMismatch, match=r"has no mlp_post\.1 of 13 neurons"):
         project(factors, store=other)
+
+
+@pytest.mark.parametrize("options", [{"signed": True, "active": 0.5}, {"mode": "ecco"}])
+def test_rows_project_as_the_factors_were_made(store, options):
+    """Values below zero, scales and the limit of active scores are those of the factorisation."""
+    factors = nmf(store, None, 4, name=next(iter(options)), **options)
+    ids = store.rows().row_ids()[::31]
+    found = project(factors, ids).scores
+
+    np.testing.assert_allclose(found, factors.scores(ids), atol=1e-3 * found.max())
+    if "active" in options:
+        assert (found > 0).sum(1).max() <= 2

@@ -173,6 +173,15 @@ def test_one_part_compares_seeds_alone(store):
     assert table.df().seed_cosine.notna().all()
 
 
+def test_signed_factors_are_compared_as_they_were_made(store):
+    """Factors with loadings of both signs and few active scores are fitted again as such."""
+    factors = nmf(store, None, K, signed=True, active=0.5, name="signed")
+    table = stability(factors, seeds=2, splits=2, nulls=1).df()
+
+    assert table.cosine.between(-1, 1).all()
+    assert table.cosine.median() > table.null_cosine.median()
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     """Too few documents, seeds or memory: the remedy names an argument."""
     values = {"mlp_post.0": np.random.default_rng(0).random((90, 7))}
