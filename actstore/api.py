@@ -6,7 +6,7 @@ stand behind the command line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -341,17 +341,27 @@ class Store(CoreStore):
     def nmf(
         self,
         sites: Sites = "mlp_post",
-        n_components: int = 10,
+        n_components: int | Sequence[int] = 10,
         *,
         scale: str | None = "site",
+        mode: str | None = None,
+        signed: bool = False,
+        active: float | None = None,
         rows: str = "content",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         passes: int | None = None,
+        tolerance: float | None = None,
+        start: npt.ArrayLike | None = None,
+        bound: str | None = None,
+        client: Any = None,
         name: str | None = None,
         budget: int | str | None = None,
         progress: Progress | None = None,
     ) -> Factors | list[Factors]:
         """Factorise sites as one non-negative matrix, out of core, and keep the result.
+
+        `client`, a ``distributed.Client``, has its workers read the store; without one this process
+        does.  All other parameters are those of the function.
 
         See Also
         --------
@@ -359,6 +369,7 @@ class Store(CoreStore):
         sklearn.decomposition.NMF : in memory.
         """
         from actstore.decompose import nmf
+        from actstore.decompose.engine import Engine
         from actstore.view import Factors
 
         result = nmf(
@@ -366,9 +377,16 @@ class Store(CoreStore):
             sites,
             n_components,
             scale=scale,
+            mode=mode,
+            signed=signed,
+            active=active,
             rows=self._rows(rows),
             seed=seed,
             passes=1 if passes is None else as_count("passes", passes, 0),
+            tolerance=tolerance,
+            start=start,
+            bound=bound,
+            engine=Engine(client),
             name=name,
             budget=parse_budget(budget),
             progress=progress,

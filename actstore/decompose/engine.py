@@ -352,8 +352,8 @@ class _OnDask:
         client = self._client
         n_workers = max(1, len(client.nthreads()))
         # The functions travel by value, the work as data: the scheduler, which unpacks what it
-        # passes on but no data, need not import torch.  It goes to one worker, which the others ask:
-        # a broadcast waits forever for a worker that dies meanwhile.
+        # passes on but no data, need not import torch.  It goes to one worker, whom the others
+        # ask: a broadcast waits forever for a worker that dies meanwhile.
         carried = client.scatter(work, hash=False)
         order = asdict(self._order)
         size = 1
