@@ -11,6 +11,7 @@ Errors are computed again for everybody's loadings, with converged codes and the
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import os
 import re
@@ -34,6 +35,7 @@ from sklearn.decomposition import NMF, MiniBatchNMF
 
 from actstore.decompose import nmf
 from actstore.decompose.codes import solve_codes
+from actstore.decompose.engine import Engine
 from actstore.errors import ActstoreError
 from actstore.store import CoreStore
 from tests.synthetic import synthetic_store
@@ -63,15 +65,82 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="synthetic data, for the tests")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each method, alternating")
     parser.add_argument("--components", type=int, default=32)
+    parser.add_argument(
+        "--only",
+        choices=["methods", "together", "dask"],
+        action="append",
+        help="these tables only; may be given several times",
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     if options.tiny:
         with tempfile.TemporaryDirectory(prefix="actstore-bench-") as folder:
-            _compare(_tiny_store(Path(folder) / "store"), 6, rounds=1)
+            _tables(_tiny_store(Path(folder) / "store"), 6, 1, options.only, [3, 5], [0, 1])
     else:
         # Kept between runs: making it takes longer than the benchmark.
         path = Path(tempfile.gettempdir()) / "actstore-benchmark-nmf" / "store"
-        _compare(_minilm_store(path, 65_536), options.components, options.rounds)
+        store = _minilm_store(path, 65_536)
+        ks, seeds = [8, 16, 32, 64], [0, 1, 2, 3, 4]
+        _tables(store, options.components, options.rounds, options.only, ks, seeds)
+
+
+def _tables(
+    store: CoreStore,
+    k: int,
+    rounds: int,
+    only: Sequence[str] | None,
+    ks: Sequence[int],
+    seeds: Sequence[int],
+) -> None:
+    if not only or "methods" in only:
+        _compare(store, k, rounds)
+    if not only or "together" in only:
+        _together(store, ks, seeds)
+    if not only or "dask" in only:
+        _on_dask(store, k, rounds)
+
+
+def _together(store: CoreStore, ks: Sequence[int], seeds: Sequence[int]) -> None:
+    """Print what many fits cost in the same reads, against one after the other."""
+    began = time.perf_counter()
+    fits = nmf(store, None, ks, seed=seeds)
+    together = time.perf_counter() - began
+    began = time.perf_counter()
+    fits += [nmf(store, None, k, seed=seed) for k in ks for seed in seeds]
+    apart = time.perf_counter() - began
+    for factors in fits:
+        shutil.rmtree(factors.result.path)
+    print(
+        f"{len(ks) * len(seeds)} fits (k = {', '.join(map(str, ks))}; {len(seeds)} seeds): "
+        f"together {together:.1f} s, apart {apart:.1f} s, {together / apart:.2f}x"
+    )
+
+
+def _on_dask(store: CoreStore, k: int, rounds: int) -> None:
+    """Print what two one-thread workers take, against two threads of one process."""
+    import distributed
+
+    seconds: dict[str, list[float]] = {"here": [], "dask": []}
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        engines = {"here": Engine.local(), "dask": Engine(client)}
+        nmf_once = functools.partial(nmf, store, None, k)
+        for engine in engines.values():  # workers load what they need once
+            shutil.rmtree(nmf_once(engine=engine).result.path)
+        loadings = {}
+        for _ in range(rounds):
+            for name, engine in engines.items():
+                began = time.perf_counter()
+                factors = nmf_once(engine=engine)
+                seconds[name].append(time.perf_counter() - began)
+                loadings[name] = factors.loadings
+                shutil.rmtree(factors.result.path)
+    here, dask = (statistics.median(seconds[name]) for name in ("here", "dask"))
+    apart = np.abs(loadings["here"] - loadings["dask"]).max()
+    print(
+        f"Dask, 2 workers of one thread: {dask:.1f} s; 2 threads of one process: {here:.1f} s; "
+        f"{dask / here:.2f}x; loadings differ by {apart:.1e} at most"
+    )
 
 
 def _compare(store: CoreStore, k: int, rounds: int) -> None:
