@@ -182,7 +182,7 @@ def test_text_comes_out_of_every_format_as_it_is(run, small_store, tmp_path):
 
 def test_a_terminal_gets_text_that_does_nothing(run, small_store, monkeypatch):
     """On a terminal table and CSV show what would act; Parquet is refused."""
-    monkeypatch.setattr("actstore.cli._is_terminal", lambda: True)
+    monkeypatch.setattr("actstore.cli.printing.is_terminal", lambda: True)
     query = "SELECT '{}' AS text".format(HOSTILE.replace("'", "''"))
 
     for form in ((), ("--format", "csv"), ("--format", "json")):
