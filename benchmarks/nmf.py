@@ -118,12 +118,9 @@ def _together(store: CoreStore, ks: Sequence[int], seeds: Sequence[int]) -> None
 
 def _on_dask(store: CoreStore, k: int, rounds: int) -> None:
     """Print what two one-thread workers take, against two threads of one process."""
-    import distributed
-
     seconds: dict[str, list[float]] = {"here": [], "dask": []}
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        engines = {"here": Engine.local(), "dask": Engine(client)}
+    with Engine.on(workers=2) as on_dask:
+        engines = {"here": Engine.local(), "dask": on_dask}
         nmf_once = functools.partial(nmf, store, None, k)
         for engine in engines.values():  # workers load what they need once
             shutil.rmtree(nmf_once(engine=engine).result.path)

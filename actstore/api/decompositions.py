@@ -40,6 +40,8 @@ class Decompositions(Questions):
         tolerance: float | None = None,
         start: npt.ArrayLike | None = None,
         bound: str | None = None,
+        workers: int | None = None,
+        scheduler: str | None = None,
         client: Any = None,
         name: str | None = None,
         budget: int | str | None = None,
@@ -47,8 +49,10 @@ class Decompositions(Questions):
     ) -> Factors | list[Factors]:
         """Factorise sites as one non-negative matrix, out of core, and keep the result.
 
-        `client`, a ``distributed.Client``, has its workers read the store; without one this process
-        does.  All other parameters are those of the function.
+        `workers` processes of this machine read the store and share the budget; or those of a
+        running Dask `scheduler`, an address, or `client`, a ``distributed.Client``, where the
+        budget is that of each.  The loadings are the same.  All other parameters are those of the
+        function.
 
         See Also
         --------
@@ -59,25 +63,26 @@ class Decompositions(Questions):
         from actstore.decompose.engine import Engine
         from actstore.view import Factors
 
-        result = nmf(
-            self,
-            sites,
-            n_components,
-            scale=scale,
-            mode=mode,
-            signed=signed,
-            active=active,
-            rows=self._rows(rows),
-            seed=seed,
-            passes=1 if passes is None else as_count("passes", passes, 0),
-            tolerance=tolerance,
-            start=start,
-            bound=bound,
-            engine=Engine(client),
-            name=name,
-            budget=parse_budget(budget),
-            progress=progress,
-        )
+        with Engine.on(client, workers, scheduler) as engine:
+            result = nmf(
+                self,
+                sites,
+                n_components,
+                scale=scale,
+                mode=mode,
+                signed=signed,
+                active=active,
+                rows=self._rows(rows),
+                seed=seed,
+                passes=1 if passes is None else as_count("passes", passes, 0),
+                tolerance=tolerance,
+                start=start,
+                bound=bound,
+                engine=engine,
+                name=name,
+                budget=parse_budget(budget),
+                progress=progress,
+            )
         if isinstance(result, list):
             return [Factors(self, each.result) for each in result]
         return Factors(self, result.result)
@@ -189,6 +194,8 @@ class Decompositions(Questions):
         seed: int = 0,
         name: str | None = None,
         budget: int | str | None = None,
+        workers: int | None = None,
+        scheduler: str | None = None,
         client: Any = None,
         progress: Progress | None = None,
     ) -> Similarity:
@@ -196,32 +203,35 @@ class Decompositions(Questions):
 
         CKA is estimated from mixed rows, or exact from all of them with ``method="exact"``; the
         others are exact.  With `other` the sites are compared with those of another store.
+        `workers`, `scheduler` and `client` are as for `nmf`.
 
         See Also
         --------
         actstore.decompose.similarity : all parameters, what they cost, references.
         """
         from actstore.decompose import similarity
+        from actstore.decompose.engine import Engine
         from actstore.view import Similarity
 
-        result = similarity(
-            self,
-            sites,
-            measure=measure,
-            method=method,
-            tolerance=tolerance,
-            rows=rows if rows in ("content", "all") else self._rows(rows),
-            standardize=standardize,
-            other=other,
-            variant=variant,
-            share=share,
-            principal=principal,
-            seed=as_count("seed", seed, 0),
-            name=name,
-            budget=parse_budget(budget),
-            client=client,
-            progress=progress,
-        )
+        with Engine.on(client, workers, scheduler) as engine:
+            result = similarity(
+                self,
+                sites,
+                measure=measure,
+                method=method,
+                tolerance=tolerance,
+                rows=rows if rows in ("content", "all") else self._rows(rows),
+                standardize=standardize,
+                other=other,
+                variant=variant,
+                share=share,
+                principal=principal,
+                seed=as_count("seed", seed, 0),
+                name=name,
+                budget=parse_budget(budget),
+                engine=engine,
+                progress=progress,
+            )
         return Similarity(self, result.result)
 
     def similarity_result(self, name: str | None = None) -> Similarity:

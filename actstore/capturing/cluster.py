@@ -5,28 +5,20 @@ segments in flight: the kernel frees their locks with the process, the scheduler
 another worker, and that one passes over what is committed.  Rows follow from the plan and the
 compacted index from the rows, so neither depends on who captured what.
 
-The workers of `--workers` belong to a cluster in a process of its own, which serves an address, as
-a scheduler elsewhere does, and ends with its standard input: whatever happens to this process, none
-of the others outlives it.  They never import the user's script, which needs no main guard, and what
-Dask logs does not reach the terminal.
+Which workers there are, and how those of this machine start and end, is told in `workers`.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import platform
 import queue
 import re
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -46,35 +38,13 @@ from actstore.errors import (
 )
 from actstore.models import LanguageModel
 from actstore.store import CoreStore
-from actstore.store.budget import Progress, as_count, parse_budget
+from actstore.store.budget import Progress, parse_budget
+from actstore.workers import Connection, Where, quiet
 
 _RETRIES = 2
 _POLL_SECONDS = 0.5
-_START_SECONDS = 60
 _TASKS_PER_WORKER = 8
 _MOST_SEGMENTS = 8
-
-# Memory and dashboard are not Dask's to watch, and its malloc settings slow the forward down.  No
-# task goes to a worker that has not loaded PyTorch yet: another would be done with it sooner.
-_SERVE = """
-import shutil, sys
-import dask
-from distributed import LocalCluster
-with (
-    dask.config.set({"distributed.nanny.pre-spawn-environ": {}}),
-    LocalCluster(
-        n_workers=int(sys.argv[1]),
-        threads_per_worker=1,
-        memory_limit=0,
-        dashboard_address=None,
-        local_directory=sys.argv[2],
-        preload="actstore.capturing",
-    ) as cluster,
-):
-    print(cluster.scheduler_address, flush=True)
-    sys.stdin.read()
-shutil.rmtree(sys.argv[2], ignore_errors=True)
-"""
 
 
 @dataclass(frozen=True)
@@ -126,13 +96,9 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Workers:
-    """Where segments are captured: by so many processes here, or those of a scheduler."""
+class Workers(Where):
+    """Where segments are captured, and what is loaded there."""
 
-    n_local: int | None
-    """Processes of a cluster on this machine; None where there is a scheduler."""
-    scheduler: str | None
-    """Address of a running scheduler."""
     model: str
     """What every worker loads: a path, absolute, or a name on the hub."""
     tokenizer: str | None
@@ -151,19 +117,8 @@ class Workers:
         ArgumentError
             If they contradict each other, or the model cannot be loaded by another process.
         """
-        if workers is not None:
-            workers = as_count("workers", workers, 1)
-        if workers is not None and scheduler is not None:
-            raise ArgumentError(
-                f"workers = {workers} and scheduler = {scheduler!r} exclude each other: a running "
-                "cluster has its own workers. Give one of the two."
-            )
-        if not isinstance(scheduler, str | None):
-            raise ArgumentError(
-                f"scheduler is a {type(scheduler).__name__}; expected the address of a Dask "
-                "scheduler, such as 'tcp://host:8786'. Of a client it is client.scheduler.address."
-            )
-        if scheduler is None and workers in (None, 1):
+        where = Where.asked(workers, scheduler)
+        if where is None:
             return None
         for name, value in (("model", model), ("tokenizer", tokenizer or "")):
             if not isinstance(value, (str, os.PathLike)):
@@ -173,7 +128,7 @@ class Workers:
                     f"{name}.save_pretrained(directory), or leave them out."
                 )
         source = None if tokenizer is None else _absolute(tokenizer)
-        return cls(workers, scheduler, _absolute(model), source, str(device))
+        return cls(where.n_local, where.scheduler, _absolute(model), source, str(device))
 
 
 def _absolute(source: str | os.PathLike[str]) -> str:
@@ -422,9 +377,9 @@ class Cluster:
             on_overflow,
             compact_every,
         )
-        self._client: Any = None
-        self._process: subprocess.Popen[str] | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="actstore-cluster-")
+        self._connection = Connection(
+            workers, preload="actstore.capturing", n_threads=torch.get_num_threads()
+        )
         self._tasks: dict[Any, list[int]] = {}
         self._ended: queue.Queue[Any] = queue.Queue()
 
@@ -433,10 +388,6 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def _log(self) -> Path:
-        return Path(self._folder.name) / "log"
 
     @property
     def under_way(self) -> bool:
@@ -458,7 +409,7 @@ class Cluster:
         ArgumentError
             If there is no scheduler, or it has no workers.
         """
-        client = self._connected()
+        client = self._connection.client
         known = {segment for run in self._tasks.values() for segment in run}
         n_workers = max(1, len(client.nthreads()))  # none where all of them died just now
         for run in _runs(sorted(set(segments) - known), n_workers):
@@ -493,85 +444,21 @@ class Cluster:
                 "what is committed stands."
             ) from None
         except distributed.CancelledError:
-            raise self._gone("was lost") from None
+            raise self._connection.gone("was lost") from None
         if isinstance(outcome, Exception):
             raise outcome
         for field in fields(Timing):
             seconds = getattr(self.timing, field.name) + getattr(outcome, field.name)
             setattr(self.timing, field.name, seconds)
 
-    # -- the scheduler -------------------------------------------------------------------------
-
-    def _connected(self) -> Any:
-        if self._client is None:
-            import distributed
-
-            address = self._workers.scheduler or self._serve()
-            try:
-                with _quiet():
-                    self._client = distributed.Client(
-                        address, timeout=_START_SECONDS, set_as_default=False
-                    )
-                    self._client.wait_for_workers(1, timeout=_START_SECONDS)
-            except (OSError, ValueError, TimeoutError) as error:
-                what = "does not answer" if self._client is None else "has no workers"
-                raise self._gone(f"{what} ({error})") from error
-        return self._client
-
-    def _serve(self) -> str:
-        """Start the cluster of this machine; return its address."""
-        assert self._workers.n_local
-        threads = str(max(1, torch.get_num_threads() // self._workers.n_local))
-        with open(self._log, "w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, str(self._workers.n_local), self._folder.name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": threads,
-                    "MKL_NUM_THREADS": threads,
-                    "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-                },
-                start_new_session=True,  # Ctrl-C is for this process, which ends the others
-            )
-        assert self._process.stdout
-        address = self._process.stdout.readline().strip()
-        if not address:
-            raise self._gone("did not start")
-        return address
-
-    def _gone(self, what: str) -> ArgumentError:
-        if self._workers.scheduler is not None:
-            return ArgumentError(
-                f"scheduler = {self._workers.scheduler!r} {what}; expected the address of a Dask "
-                "scheduler with workers, such as 'tcp://host:8786'. What is committed stands; run "
-                "the same capture again, or capture here with workers= (--workers)."
-            )
-        said = self._log.read_text(errors="replace").strip().splitlines()[-1:]
-        return ArgumentError(
-            f"workers = {self._workers.n_local}: the cluster of this machine {what} "
-            f"({''.join(said) or 'it said nothing'}). What is committed stands; run the same "
-            "capture again, or without workers= (--workers)."
-        )
-
     def close(self) -> None:
         """Stop what is under way, and end the processes that were started here."""
-        with _quiet(), suppress(Exception):
-            if self._client is not None and self._process is None:
-                self._client.cancel(list(self._tasks))
-                self._client.run(_end(), self._order.run_id, on_error="ignore")
-        if self._process is not None:
-            # Whatever they are at: what is not committed is not there.
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.communicate()
-        with _quiet(), suppress(Exception):
-            if self._client is not None:
-                self._client.close()
-        self._folder.cleanup()
+        # Workers that were started here are ended: what is not committed is not there.
+        with quiet(), suppress(Exception):
+            if self._connection.is_open and self._workers.n_local is None:
+                self._connection.client.cancel(list(self._tasks))
+                self._connection.client.run(_end(), self._order.run_id, on_error="ignore")
+        self._connection.close()
 
 
 def _runs(segments: Sequence[int], n_workers: int) -> Iterator[list[int]]:
@@ -582,17 +469,3 @@ def _runs(segments: Sequence[int], n_workers: int) -> Iterator[list[int]]:
     size = min(_MOST_SEGMENTS, max(1, len(segments) // (_TASKS_PER_WORKER * n_workers)))
     for start in range(0, len(segments), size):
         yield list(segments[start : start + size])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Dask's log off the terminal; what matters is raised."""
-    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from actstore.cli.group import Command, budget_option, example, format_option, main
+from actstore.cli.group import (
+    Command,
+    budget_option,
+    example,
+    format_option,
+    main,
+    workers_options,
+)
 from actstore.cli.printing import Bars, echo, is_terminal, shown
 
 
@@ -25,6 +32,7 @@ from actstore.cli.printing import Bars, echo, is_terminal, shown
 @click.option("--rows", default="content", help="content, all, or an SQL condition on tokens.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--name", help="Name of the result; never overwritten.")
+@workers_options
 @budget_option
 @format_option
 def nmf(store: Path, form: str | None, components: int, scale: str, **options: Any) -> None:
@@ -147,6 +155,7 @@ def _echo_factors(factors: Any, form: str | None) -> None:
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--name", help="Name of the result; never overwritten.")
+@workers_options
 @budget_option
 @format_option
 def similarity(store: Path, form: str | None, sites: tuple[str, ...], **options: Any) -> None:

@@ -69,6 +69,18 @@ def budget_option(command: Command) -> Command:
     )(command)
 
 
+def workers_options(command: Command) -> Command:
+    """Add ``--workers`` and ``--scheduler``."""
+    command = click.option(
+        "--scheduler", metavar="ADDRESS", help="A running Dask scheduler, tcp://host:8786."
+    )(command)
+    return click.option(
+        "--workers",
+        type=int,
+        help="Processes of this machine; they share its CPUs or GPUs.",
+    )(command)
+
+
 def format_option(command: Command) -> Command:
     """Add ``--format``."""
     return click.option(

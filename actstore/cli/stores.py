@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from actstore.cli.group import Command, budget_option, example, format_option, main
+from actstore.cli.group import (
+    Command,
+    budget_option,
+    example,
+    format_option,
+    main,
+    workers_options,
+)
 from actstore.cli.printing import Bars, echo, jsonable, shown
 
 
@@ -67,8 +74,7 @@ def demo(folder: Path | None, causal: bool, budget: str | None) -> None:
     help="Take the documents as they come, or in random order.",
 )
 @click.option("--add", is_flag=True, help="Add another corpus to a finished STORE.")
-@click.option("--workers", type=int, help="Processes of this machine, one a GPU or CPUs divided.")
-@click.option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, tcp://host:8786.")
+@workers_options
 @click.option("--segments", metavar="I::N", help="Only share I of N; then: actstore finish STORE.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and stop.")
 def capture(

@@ -126,7 +126,7 @@ def nmf(
     name : str, optional
         Name of the result; by default ``nmf-1`` and so on.  Of several, ``NAME-k16-seed2``.
     engine : Engine, optional
-        Where the reads are made; by default in this process.
+        Where the reads are made; by default in this process, from `Engine.on` on workers.
     budget : int or str, optional
         Memory it may take, in bytes or as ``"2GB"``; by default the smaller of 4 GiB and half of
         what is free.
@@ -179,7 +179,8 @@ def nmf(
         tolerance,
         max_passes,
     )
-    budget_bytes = parse_budget(budget)
+    engine = engine or Engine.local()
+    budget_bytes = engine.share_of(parse_budget(budget))
     reserved = reserved_bytes(settings, n_neurons, store)
     scan = Scan(store, infos, chosen, budget_bytes=budget_bytes, reserved_bytes=reserved)
     scan.rows_at_once(BLOCK_ROWS)  # refuse before anything is read
@@ -189,7 +190,6 @@ def nmf(
     names = _names(store, name, settings.fits) if several else [name]
     writers = [store.new_result("nmf", each, {}) for each in names]
     clock = Clock(progress)
-    engine = engine or Engine.local()
     with ExitStack() as entered:
         for writer in writers:
             entered.enter_context(writer)

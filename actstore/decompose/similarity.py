@@ -58,7 +58,7 @@ def similarity(
     seed: int = 0,
     name: str | None = None,
     budget: int | str | None = None,
-    client: Any = None,
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> Similarity:
     """Compute how alike all pairs of sites are, and keep the result in the store.
@@ -108,8 +108,8 @@ def similarity(
         Name of the result; by default ``similarity-1`` and so on.
     budget : int or str, optional
         Memory it may take; by default the smaller of 4 GiB and half of what is free.
-    client : distributed.Client, optional
-        Dask workers to read and compute; they must see the store under its path.
+    engine : Engine, optional
+        Where the reads are made; by default in this process, from `Engine.on` on workers.
     progress : callable, optional
         Called with (stage, done, in all): batches of the estimate, rows of a pass.
 
@@ -157,14 +157,14 @@ def similarity(
     )
     if other is not None and not isinstance(other, CoreStore):
         other = CoreStore(other)
-    if other is not None and client is not None:
+    engine = engine or Engine.local()
+    if other is not None and not engine.is_local:
         raise ArgumentError(
-            "other and client were given; two stores are read together in this process only. "
-            "Leave client= out."
+            "other and workers were given; two stores are read together in this process only. "
+            "Leave workers=, scheduler= and client= out (--workers, --scheduler)."
         )
-    subject = Subject.of(store, sites, rows, other, parse_budget(budget), seed)
+    subject = Subject.of(store, sites, rows, other, engine.share_of(parse_budget(budget)), seed)
     writer = store.new_result("similarity", name, {})
-    engine = Engine(client) if client is not None else Engine.local()
     with writer:
         found = measured(subject, settings, batch_rows, engine, progress)
         writer.write_table("similarity", _table(subject, settings, found))

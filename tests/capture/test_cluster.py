@@ -319,7 +319,7 @@ def test_a_store_the_workers_cannot_see_is_told(
 
 def test_a_scheduler_that_is_not_there_is_told(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
     """An address without a scheduler, or a scheduler without workers, ends with the remedy."""
-    monkeypatch.setattr(cluster, "_START_SECONDS", 0.5)
+    monkeypatch.setattr("actstore.workers._START_SECONDS", 0.5)
     with pytest.raises(ArgumentError, match=r"scheduler = 'tcp://127.0.0.1:9' does not answer"):
         go(scheduler="tcp://127.0.0.1:9")
     options = {"processes": False, "dashboard_address": None}

@@ -5,6 +5,7 @@ import pytest
 
 from actstore.decompose import similarity
 from actstore.decompose.alignment import align
+from actstore.decompose.engine import Engine
 from actstore.errors import ArgumentError, NonFiniteActivation, SiteNotFound, StoreNotFound
 from tests.captured import DOCUMENTS as TEXTS
 from tests.captured import capture
@@ -103,14 +104,14 @@ def test_other_documents_are_refused(pair, tmp_path):
 
 
 def test_other_bad_input(pair, tmp_path):
-    """No store, a site it lacks, a client beside it, and a number that is none in either."""
+    """No store, a site it lacks, workers beside it, and a number that is none in either."""
     a, b = pair
     with pytest.raises(StoreNotFound, match="nowhere"):
         similarity(a, None, other=tmp_path / "nowhere")
     with pytest.raises(SiteNotFound, match="resid_post"):
         similarity(a, "resid_post", other=b)
-    with pytest.raises(ArgumentError, match=r"other and client were given; .*Leave client= out"):
-        similarity(a, None, other=b, client=object())
+    with pytest.raises(ArgumentError, match=r"other and workers were given; .*Leave workers="):
+        similarity(a, None, other=b, engine=Engine(object()))
     theirs = values(0)
     theirs["mlp_post.1"][340, 5] = np.inf
     a, b = two_stores(tmp_path, theirs)

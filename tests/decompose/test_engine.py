@@ -6,7 +6,6 @@ import dataclasses
 import os
 import signal
 
-import distributed
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from actstore.decompose.engine import Engine
 from actstore.decompose.narrow import from_float16
 from actstore.decompose.scan import Form, Scan
 from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreNotFound
+from actstore.workers import Connection, Where
 from tests.synthetic import synthetic_store
 
 MIB = 2**20
@@ -33,9 +33,8 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client():
     """Two workers of one thread each, in processes of their own."""
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        yield client
+    with Connection(Where(2, None), preload="actstore.decompose", n_threads=2) as connection:
+        yield connection.client
 
 
 def make_scan(store, budget=256 * MIB, rows=None, **options):

@@ -104,7 +104,7 @@ def test_dask_gives_the_same(store):
         distributed.Client(own) as client,
     ):
         for measure, options in (("cka", {}), *BOTH):
-            there = similarity(store, None, measure=measure, client=client, **options)
+            there = similarity(store, None, measure=measure, engine=Engine(client), **options)
             here = similarity(store, None, measure=measure, **options)
             np.testing.assert_allclose(there.matrix, here.matrix, atol=1e-9)
             np.testing.assert_allclose(there.high, here.high, atol=1e-9)

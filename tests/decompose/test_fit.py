@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 
-import distributed
 import numpy as np
 import pytest
 import scipy.optimize
@@ -18,6 +17,7 @@ import sklearn.decomposition
 from actstore.decompose import Factors, checkpoint, fit, nmf
 from actstore.decompose.engine import Engine
 from actstore.errors import ArgumentError, NonFiniteActivation, StoreBusy
+from actstore.workers import Connection, Where
 from tests.synthetic import synthetic_store
 
 
@@ -217,9 +217,8 @@ def test_blocks_and_segments_do_not_matter_much(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def client():
     """Two workers of one thread each, in processes of their own."""
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        yield client
+    with Connection(Where(2, None), preload="actstore.decompose", n_threads=2) as connection:
+        yield connection.client
 
 
 def test_dask_gives_the_loadings_of_one_process(made, client):
