@@ -38,6 +38,7 @@ SAMPLE_ROWS = 16_384
 _WHOLE_ROWS = 32_768  # so few are a sample by themselves
 _START_ROUNDS = 6
 _WHOLE_ROUNDS = 14
+_COMPARED_ROUNDS = 8
 _SAMPLE_BYTES = 2**30
 _LEAST_SAMPLE_ROWS = 4096
 _STEPS = 64  # of an online pass
@@ -168,8 +169,12 @@ class Fit:
         return self._exact(state)
 
     def loadings(self) -> list[torch.Tensor]:
-        """Return what the start and the online passes find, of unit length; there are no scores."""
-        self._begin(None)
+        """Return what the start and the online passes find, of unit length; there are no scores.
+
+        For fits that are compared with each other: where a sample is all rows, fewer rounds settle
+        which factors are found than it takes for the last of the error.
+        """
+        self._begin(None, _COMPARED_ROUNDS)
         self._online()
         return [dictionary.unit_loadings() for dictionary in self.dictionaries]
 
@@ -182,7 +187,7 @@ class Fit:
         n_rows = self._scan.n_rows
         return n_rows if n_rows <= min(_WHOLE_ROWS, most) else min(SAMPLE_ROWS, most)
 
-    def _begin(self, state: State | None) -> None:
+    def _begin(self, state: State | None, whole_rounds: int = _WHOLE_ROUNDS) -> None:
         settings, scan = self._settings, self._scan
         signed = settings.active is not None
         if state is not None:
@@ -211,21 +216,26 @@ class Fit:
         if self._start is not None:
             self.dictionaries = [Dictionary(self._start.clone(), n) for n in settings.n_active]
             return
-        for seed in dict.fromkeys(seed for _, seed in settings.fits):
-            if seed:
+        seeds = list(dict.fromkeys(seed for _, seed in settings.fits))
+        whole = len(sample) == scan.n_rows
+        # Samples of all rows are the same rows: seeds share them then, and the last rounds.
+        for together in [seeds] if whole else [[seed] for seed in seeds]:
+            if not whole and together[0]:
                 del sample
-                sample = scan.sample(self._sample_rows, number=seed)
+                sample = scan.sample(self._sample_rows, number=together[0])
                 self.rows_read += len(sample)
-            mine = [i for i, (_, other) in enumerate(settings.fits) if other == seed]
             start = Start(self.matrix, sample, self._product_form, self._threads, self.at_once)
-            found = start.dictionaries(
-                [settings.fits[i][0] for i in mine], [settings.n_active[i] for i in mine], seed
-            )
-            whole = len(sample) == scan.n_rows
-            start.improve(found, _WHOLE_ROUNDS if whole else _START_ROUNDS, _ONLINE_SWEEPS)
+            for seed in together:
+                mine = [i for i, (_, other) in enumerate(settings.fits) if other == seed]
+                ks = [settings.fits[i][0] for i in mine]
+                n_active = [settings.n_active[i] for i in mine]
+                found = start.dictionaries(ks, n_active, seed, _ONLINE_SWEEPS)
+                for i, dictionary in zip(mine, found, strict=True):
+                    self.dictionaries[i] = dictionary
+            here = [i for i, (_, seed) in enumerate(settings.fits) if seed in together]
+            n_rounds = whole_rounds if whole else _START_ROUNDS
+            start.improve([self.dictionaries[i] for i in here], n_rounds, _ONLINE_SWEEPS)
             self.rows_read += start.rows_read
-            for i, dictionary in zip(mine, found, strict=True):
-                self.dictionaries[i] = dictionary
 
     @property
     def _product_form(self) -> Form:

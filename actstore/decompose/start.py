@@ -41,7 +41,7 @@ _MOMENTUM = 0.7
 
 
 class Start:
-    """Finds where the fits of one seed start.
+    """Finds where fits of one sample start.
 
     Parameters
     ----------
@@ -69,11 +69,17 @@ class Start:
         """Rows that were read again, where the sample does not lie in memory."""
 
     def dictionaries(
-        self, n_components: Sequence[int], n_active: Sequence[int | None], seed: int
+        self,
+        n_components: Sequence[int],
+        n_active: Sequence[int | None],
+        seed: int,
+        n_sweeps: int,
     ) -> list[Dictionary]:
-        """Return dictionaries to be improved.
+        """Return dictionaries of one seed, improved on its part of the sample.
 
-        Cost: ``_POWER_ITERATIONS`` + 2 times through the sample; memory O(width x k).
+        Rounds are cheap on a part, and the first gain most.
+
+        Cost: ``_POWER_ITERATIONS + 2 + _PART_ROUNDS`` times through the part; memory O(width x k).
 
         Parameters
         ----------
@@ -83,42 +89,45 @@ class Start:
             For each, the scores of a row that may be above zero; None where all may be, and
             loadings are not negative.
         seed : int
-            Seed of the random range.
+            Decides the part, and the random range.
+        n_sweeps : int
+            Sweeps of the codes.
         """
+        n_blocks = len(self._sample.ranges)
+        order = np.random.default_rng([3, seed]).permutation(n_blocks)
+        part = [self._sample.ranges[i] for i in np.sort(order[: -(-n_blocks // _PART)])]
         if n_active[0] is not None:
-            return [
-                self._seeded(k, n, seed) for k, n in zip(n_components, n_active, strict=True) if n
+            found = [
+                self._seeded(k, n, part, seed)
+                for k, n in zip(n_components, n_active, strict=True)
+                if n
             ]
-        return [Dictionary(loadings) for loadings in self._nndsvda(n_components, seed)]
+        else:
+            found = [Dictionary(loadings) for loadings in self._nndsvda(n_components, part, seed)]
+        self._rounds(found, part, _PART_ROUNDS, n_sweeps)
+        return found
 
     def improve(self, dictionaries: Sequence[Dictionary], n_rounds: int, n_sweeps: int) -> None:
         """Improve dictionaries on the sample; their surrogate is then that of its rows.
 
-        Rounds are cheap on a part of the sample, and the first gain most; the last are on all of
-        it, so that what is found is not what one part happens to hold.
+        On all of it, so that what is found is not what one part happens to hold.
 
         Parameters
         ----------
         dictionaries : sequence of Dictionary
             Improved in place.
         n_rounds : int
-            Times through the whole sample; before them, it is gone through in part.
+            Times through the sample.
         n_sweeps : int
             Sweeps of the codes.
         """
-        for ranges, n in ((self._part, _PART_ROUNDS), (self._sample.ranges, n_rounds)):
-            self._rounds(dictionaries, ranges, n, n_sweeps)
+        self._rounds(dictionaries, self._sample.ranges, n_rounds, n_sweeps)
 
     def rows(self, n_rows: int) -> torch.Tensor:
         """Return about so many rows of the matrix, from all over the sample."""
         step = max(1, len(self._sample) // n_rows)
         parts = [self._matrix.rows(block.values[::step].clone()) for block in self._sample]
         return torch.cat(parts)
-
-    @property
-    def _part(self) -> list[Range]:
-        """Some blocks from all over the sample."""
-        return self._sample.ranges[::_PART]
 
     def _total(self, work: SurrogateWork | _Images, ranges: Sequence[Range]) -> Sums:
         if not self._sample.is_kept:
@@ -129,7 +138,9 @@ class Start:
 
     # -- NNDSVDa -------------------------------------------------------------------------------
 
-    def _nndsvda(self, n_components: Sequence[int], seed: int) -> list[torch.Tensor]:
+    def _nndsvda(
+        self, n_components: Sequence[int], part: list[Range], seed: int
+    ) -> list[torch.Tensor]:
         """Return the loadings, ``(k, width)`` for each k, float32."""
         width = self._matrix.spans[-1][1]
         # Each number of factors has a range of its own, so that it starts as it would alone.
@@ -139,9 +150,9 @@ class Start:
             rank = min(k + OVERSAMPLING, width)
             bases.append(torch.linalg.qr(torch.randn(width, rank, generator=random)).Q.T)
         for _ in range(_POWER_ITERATIONS):
-            images = self._images(bases)["images"]
+            images = self._images(bases, part)["images"]
             bases = [torch.linalg.qr(image.T).Q.T for image in _split(images, bases)]
-        images = self._images(bases)["images"]
+        images = self._images(bases, part)["images"]
         rights, lengths = [], []
         for basis, image in zip(bases, _split(images, bases), strict=True):
             # Of A B Bᵀ: the eigenvectors of Bᵀ AᵀA B, in the range B.
@@ -150,8 +161,8 @@ class Start:
             rights.append(vectors.flip(1).T.float() @ basis)
             lengths.append(values.flip(0).clamp(min=0).sqrt().float())
         # How much of each left vector is above zero, and how much below.
-        sums = self._images(rights)
-        n_rows = sum(len(block) for blocks in self._part for block in blocks)
+        sums = self._images(rights, part)
+        n_rows = sum(len(block) for blocks in part for block in blocks)
         mean = float(sums["total"]) / (n_rows * width)
         positive, negative = (
             _split(sums[name].float().sqrt(), bases) for name in ("above", "below")
@@ -169,11 +180,11 @@ class Start:
             found.append(loadings)
         return found
 
-    def _images(self, bases: Sequence[torch.Tensor]) -> Sums:
+    def _images(self, bases: Sequence[torch.Tensor], part: list[Range]) -> Sums:
         """Return ``(A B)ᵀ A`` for the stack of bases, and the energy of ``A B`` by sign."""
         stack = torch.cat(list(bases)) * self._matrix.column_scales
         work = _Images(stack.to(getattr(torch, self._form.dtype)))
-        sums = self._total(work, self._part)
+        sums = self._total(work, part)
         return {
             **sums,
             "images": sums["images"][:-1] * self._matrix.column_scales,
@@ -182,7 +193,7 @@ class Start:
 
     # -- signed --------------------------------------------------------------------------------
 
-    def _seeded(self, k: int, n_active: int, seed: int) -> Dictionary:
+    def _seeded(self, k: int, n_active: int, part: list[Range], seed: int) -> Dictionary:
         """Return the best of several beginnings, all tried in the same scans of the sample.
 
         With one score a row they settle as clusters do; what mixes two of them comes apart then,
@@ -195,7 +206,7 @@ class Start:
         for active in sorted({1, n_active}):
             for dictionary in tried:
                 dictionary.n_active = active
-            self._rounds(tried, self._part, _PART_ROUNDS, _SEEDING_SWEEPS)
+            self._rounds(tried, part, _PART_ROUNDS, _SEEDING_SWEEPS)
         return min(tried, key=Dictionary.objective)
 
     def _rounds(

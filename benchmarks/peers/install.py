@@ -1,4 +1,4 @@
-"""Install the peers of capture: ``python -m benchmarks.peers.install DIR``, a venv for each.
+"""Install the peers: ``python -m benchmarks.peers.install DIR``, a venv for each.
 
 Each gets the torch and transformers that run here, so that all run the same forward.  Where PyPI's
 torch would bring CUDA along and it is not wanted, set ``PIP_EXTRA_INDEX_URL`` to the index of the
@@ -23,6 +23,9 @@ PEERS: dict[str, list[list[str]]] = {
     "transformerlens": [["transformer-lens==4.3.0"]],
     "nnsight": [["nnsight==0.8.1"]],
     "saelens": [["sae-lens==6.54.12"]],
+    "nmf-torch": [["--no-deps", "nmf-torch==0.1.1"], ["scikit-learn", "threadpoolctl"]],
+    # Of the package its NMF alone is used; what the rest needs is more than torch itself.
+    "overcomplete": [["--no-deps", "overcomplete==0.3.0"], ["pillow", "scikit-learn", "tqdm"]],
 }
 """Each peer, and what pip is told to install for it after torch and transformers."""
 
