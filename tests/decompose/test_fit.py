@@ -178,6 +178,30 @@ def test_fits_together_are_the_fits_alone(made):
     assert (together[0].loadings != together[1].loadings).any()
 
 
+def test_seeds_of_one_sample_share_it_and_begin_on_parts_of_their_own(made, monkeypatch):
+    """Where samples are all rows they are read once; each fit comes out as it would alone."""
+    store, _ = made
+    monkeypatch.setattr(fit, "_WHOLE_ROWS", 100_000)
+    parts, rounds = [], fit.Start._rounds
+
+    def watched(self, dictionaries, ranges, n, n_sweeps):
+        parts.append((len(dictionaries), [int(block[0]) for blocks in ranges for block in blocks]))
+        rounds(self, dictionaries, ranges, n, n_sweeps)
+
+    monkeypatch.setattr(fit.Start, "_rounds", watched)
+    together = nmf(store, None, 5, seed=[0, 1, 2])
+    *own, last = parts
+    alone = [nmf(store, None, 5, seed=s) for s in (0, 1, 2)]
+
+    assert [n for n, _ in own] == [1, 1, 1]
+    assert len({tuple(part) for _, part in own}) == 3
+    assert last[0] == 3
+    assert all(set(part) < set(last[1]) for _, part in own)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.loadings, other.loadings, atol=1e-5)
+        assert one.summary["reads"] == other.summary["reads"] == 2
+
+
 def test_two_passes_are_three_reads(made):
     """What the sample takes of a read the first pass gives back."""
     store, _ = made
