@@ -25,6 +25,7 @@ bench: .venv/.dev
 
 docs: .venv/.dev
 	.venv/bin/python -m docs.pictures
+	.venv/bin/python -m docs.notebooks
 	.venv/bin/python -m docs.reference
 
 clean:

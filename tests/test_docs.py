@@ -1,5 +1,6 @@
 """Every block of code in README and docs runs, and every file they name exists."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from actstore.cli import main
 from actstore.query import VIEWS
-from docs import reference
+from docs import notebooks, reference
 from tests.toys import toy_model
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +92,34 @@ def test_the_examples_run(model_folder, small_store, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.splitlines()) >= 3
+
+
+def test_the_notebook_of_the_examples_is_that_of_its_source():
+    """The kept notebook has the cells of `docs.notebooks`, all run, small, and names no folder."""
+    text = notebooks.NOTEBOOK.read_text(encoding="utf-8")
+    title, *cells = json.loads(text)["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+
+    assert title["source"] == [f"# {notebooks.TITLE}"]
+    found = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    assert found == notebooks.CELLS
+    assert all(cell["outputs"] and cell["execution_count"] for cell in code)
+    assert not re.search(r"/(tmp|home|work|root|Users)/|Error|Warning", text)
+    assert len(text) < 1_500_000
+
+
+def test_the_notebook_of_the_examples_runs(small_store, tmp_path):
+    """Its cells run on any store with an FFNN, and nothing in it says where that was."""
+    copy = shutil.copytree(small_store.path, tmp_path / "store")
+    text = notebooks.write(copy, tmp_path / "made.ipynb").read_text(encoding="utf-8")
+    shown = [
+        line
+        for cell in json.loads(text)["cells"]
+        for output in cell.get("outputs", [])
+        for line in output.get("text") or output["data"]["text/plain"]
+    ]
+
+    assert any("../actstore-demo/store" in line for line in shown)
+    assert any("are stable" in line for line in shown)
+    assert str(tmp_path) not in text
+    assert "/examples/" not in text
