@@ -16,11 +16,14 @@ from functools import cached_property
 from typing import Any
 
 import google_crc32c
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from actstore.errors import ArgumentError, ModelError, SiteNotFound
 from actstore.models.capture_points import CapturePoint, find_capture_points
+from actstore.models.direct_path import DirectPath, find_direct_path, written
 from actstore.models.text import Encoded, TextCodec
 from actstore.site import Site, resolve_alias, select, summarize
 
@@ -50,6 +53,8 @@ class LanguageModel:
         Name to show and record.
     revision : str, optional
         Revision of the weights, where they have one.
+    head : callable
+        Returns the weight of the head, (tokens, channels), or raises ModelError.
 
     Raises
     ------
@@ -86,12 +91,19 @@ class LanguageModel:
     """
 
     def __init__(
-        self, module: nn.Module, tokenizer: Any, *, name: str, revision: str | None = None
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str,
+        head: Callable[[], torch.Tensor],
+        revision: str | None = None,
     ) -> None:
         self.module = module
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
+        self._head = head
         self._codec = TextCodec(tokenizer)
         self._refusal: ModelError | None = None
         points = find_capture_points(module, ("resid_pre", "resid_post"))
@@ -211,6 +223,70 @@ class LanguageModel:
             dtype = str(tensor.dtype).removeprefix("torch.")
             digest.update(f"{name} {dtype} {tuple(tensor.shape)} {crc:08x}\n".encode())
         return digest.hexdigest()
+
+    # -- output weights -------------------------------------------------------------------
+
+    @cached_property
+    def direct_path(self) -> DirectPath:
+        """What turns directions of the residual stream into logits; found and proved on first use.
+
+        Three forwards of two tokens, and one read of the head.
+
+        Raises
+        ------
+        ModelError
+            If there is none (the model is not causal, has no head at hand, puts more between its
+            FFNNs and its logits than one norm) or ``mlp_post`` cannot be captured.
+        """
+        blocks = [self.points[site] for site in self.select("resid_post")]
+        projections = [self.points[site] for site in self.select("mlp_post")]
+        content = [i for i in range(self.n_embeddings) if i not in self.special_ids][:2]
+        return find_direct_path(
+            self.module,
+            self._last_hidden_state,
+            self.module.get_submodule(blocks[-1].module),
+            self.module.get_submodule(projections[-1].module),
+            (content[0], content[-1]),
+            self._head,
+        )
+
+    def written(self, site: Site, activations: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return what neurons of a site write into the residual stream, its bias left out.
+
+        One product with the output weights of the neurons that are not zero.
+
+        Parameters
+        ----------
+        site : Site
+            A site of ``mlp_post``.
+        activations : ndarray
+            Of its neurons, (n, width).
+
+        Returns
+        -------
+        ndarray of float32
+            (n, channels).
+
+        Raises
+        ------
+        ModelError
+            If the site is not of ``mlp_post``, or the weight is packed.
+        SiteNotFound
+            If the model has no such site.
+        """
+        (found,) = self.select(site)
+        if found.hook != "mlp_post":
+            raise ModelError(
+                f"site {str(found)!r} of {self.name} has no output weights; those of mlp_post do."
+            )
+        point = self.points[found]
+        return written(self.module.get_submodule(point.module), activations, point.module)
+
+    def _last_hidden_state(self, input_ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            output = self.module(input_ids=input_ids.to(self.device), **self._options)
+        hidden: torch.Tensor = output[0]
+        return hidden.detach()
 
     # -- forward --------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from actstore.errors import ArgumentError, ModelError, did_you_mean
 from actstore.models.capture_points import refuse_two_stacks
+from actstore.models.head import head_of_files, head_of_module
 from actstore.models.language_model import LanguageModel
 
 _DTYPES = {
@@ -44,7 +45,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load a model without its head, and its tokenizer.
+    """Load a model without its head, which is read only when somebody asks, and its tokenizer.
 
     Parameters
     ----------
@@ -99,7 +100,13 @@ def load(
     commit = getattr(config, "_commit_hash", None)
     # A store is shared; where the model lay on this machine is nobody's business.
     name = "/".join(Path(source.name).parts[-2:]) if source.local else source.name
-    return LanguageModel(module, text, name=name, revision=revision or commit)
+
+
+    def head() -> torch.Tensor:
+        with _quiet():
+            return head_of_files(module, config, source.path, source.name, common)
+
+    return LanguageModel(module, text, name=name, revision=revision or commit, head=head)
 
 
 @dataclass(frozen=True)
@@ -260,7 +267,9 @@ def _wrap(
     if str(device) != "auto":
         stack = stack.to(_parse_device(device))
     revision = revision or getattr(module.config, "_commit_hash", None)
-    return LanguageModel(stack.eval(), text, name=name, revision=revision)
+    return LanguageModel(
+        stack.eval(), text, name=name, revision=revision, head=lambda: head_of_module(module)
+    )
 
 
 def _text_stack(model: nn.Module) -> nn.Module:

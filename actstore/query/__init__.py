@@ -7,6 +7,7 @@ from actstore.query.context import Snippet, snippets
 from actstore.query.database import Database
 from actstore.query.neuron import Kin, NeuronIndex
 from actstore.query.portrait import Portrait, Shown
+from actstore.query.promoted import promoted
 from actstore.query.schema import MACROS, VIEWS
 from actstore.query.top import Top, top
 
@@ -24,6 +25,7 @@ __all__ = [
     "Snippet",
     "Top",
     "is_hidden",
+    "promoted",
     "snippets",
     "top",
     "visible",
