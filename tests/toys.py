@@ -46,6 +46,29 @@ def toy_model(
     return model.to(dtype).eval(), tokenizer
 
 
+def toy_causal_model(
+    architecture: str = "gpt2",
+    tied: bool = True,
+    n_layers: int = 3,
+    hidden: int = 32,
+    ffn: int = 48,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
+    """Return a random ``"gpt2"`` or ``"llama"`` with its head, and its tokenizer.
+
+    Its final norm multiplies every channel by another number, as a trained one does.
+    """
+    tokenizer = toy_tokenizer(architecture)
+    config = toy_config(architecture, n_layers, hidden, ffn, len(tokenizer), tokenizer)
+    config.tie_word_embeddings = tied
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        norm = model.transformer.ln_f if architecture == "gpt2" else model.model.norm
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter, 0.7, 0.4)
+    return model, tokenizer
+
+
 def toy_config(
     architecture: str, n_layers: int, hidden: int, ffn: int, vocab: int, tokenizer: Any
 ) -> transformers.PretrainedConfig:

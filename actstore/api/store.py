@@ -109,7 +109,10 @@ class Store(Exports):
         replay : bool
             Compute the values around exemplars again where they are not stored; else only the
             exemplar itself is marked, and the view says so.
-        model, tokenizer, device, budget
+        model : str, Path or torch.nn.Module, optional
+            The model the store was captured from.  Of a causal one the view also shows the tokens
+            that the neuron's output weights promote and suppress by the direct path.
+        tokenizer, device, budget
             As for `replay`.
 
         Raises
@@ -126,4 +129,13 @@ class Store(Exports):
         from actstore.view import Neuron
 
         again = self._again(site, model, tokenizer, device, budget) if replay else None
-        return Neuron(self, site, neuron, database=self._database, replay=again, by=by)
+        return Neuron(
+            self,
+            site,
+            neuron,
+            database=self._database,
+            replay=again,
+            by=by,
+            model=None if model is None else lambda: self._replayer(model, tokenizer, device).model,
+            named=model if isinstance(model, (str, Path)) else None,
+        )

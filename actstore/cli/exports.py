@@ -15,7 +15,7 @@ _FEATURE = ("form", "k", "before", "after")
 _VIEWS = (".html", ".ipynb")
 _EXPORTS: dict[str, tuple[tuple[tuple[str, ...], int, tuple[str, ...]], ...]] = {
     "overview": (((), 0, _VIEWS),),
-    "factors": ((("name", "compare"), 0, _VIEWS),),
+    "factors": ((("name", "kind", "compare", "model"), 0, _VIEWS),),
     "similarity": ((("name",), 0, _VIEWS),),
     "neuron": (
         (("by", "replay", "model", "budget"), 2, _VIEWS),
@@ -47,6 +47,9 @@ What and where to:
 @click.argument("which", nargs=-1, metavar="[SITE NEURON | FACTOR]")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="A new file.")
 @click.option("--name", help="Name of the result; default the newest.")
+@click.option(
+    "--kind", type=click.Choice(["nmf", "pca", "ica"]), help="factors: what computed them."
+)
 @click.option("--compare", metavar="NAME", help="factors: another result to compare with.")
 @click.option("--by", metavar="SQL", help="neuron: what its means are grouped by; default source.")
 @click.option("--form", type=click.Choice(["neuronpedia", "neuron-record"]), help="Of the JSON.")
@@ -54,7 +57,7 @@ What and where to:
 @click.option("--before", type=int, help="Content rows before each row.")
 @click.option("--after", type=int, help="Content rows after each row.")
 @click.option("--replay", is_flag=True, help="Compute values that are not stored again.")
-@click.option("--model", help="The model of STORE, if its name does not lead there.")
+@click.option("--model", help="The model of STORE, for --replay and promoted tokens.")
 @click.option("--sites", multiple=True, help="Sites or patterns; default all.")
 @click.option("--rows", help="content, all, row ids such as 5,6,7, or an SQL condition on tokens.")
 @budget_option
@@ -93,12 +96,12 @@ def _export_view(
 ) -> None:
     views: dict[str, Callable[[], Any]] = {
         "overview": lambda: store,
-        "factors": lambda: store.factors(given.pop("name", None)),
+        "factors": lambda: store.factors(given.pop("name", None), given.pop("kind", "nmf")),
         "similarity": lambda: store.similarity_result(given.pop("name", None)),
         "neuron": lambda: store.neuron(which[0], _whole(which[1]), **given),
     }
     view = views[what]()
-    options = {"compare": given["compare"]} if "compare" in given else {}
+    options = given if what == "factors" else {}
     (view.to_notebook if to.suffix == ".ipynb" else view.to_html)(to, **options)
 
 

@@ -75,7 +75,7 @@ class DirectPath:
         if self.centred:
             written = written - written.mean(dim=1, keepdim=True)
         scaled = written * self.gain
-        blocks = self.unembedding.split(_BLOCK)
+        blocks = torch.split(self.unembedding, _BLOCK)
         return torch.cat([(scaled @ block.to(scaled).T).cpu() for block in blocks], dim=1).numpy()
 
 
@@ -243,10 +243,16 @@ def _final_norm(
 ) -> nn.Module | None:
     """Return the one module between the last block and the last hidden state, None for none."""
     # Dropout and the like do nothing here.
-    acting = [step for step in later if step[1].shape != step[2].shape or not step[1].equal(step[2])]
+    acting = [
+        step for step in later if step[1].shape != step[2].shape or not step[1].equal(step[2])
+    ]
     if not acting and hidden.equal(plain):
         return None
-    if len(acting) == 1 and acting[0][1].float().equal(plain) and acting[0][2].float().equal(hidden):
+    if (
+        len(acting) == 1
+        and acting[0][1].float().equal(plain)
+        and acting[0][2].float().equal(hidden)
+    ):
         return acting[0][0]
     found = ", ".join(type(part).__name__ for part, _, _ in acting) or "no module"
     raise ModelError(

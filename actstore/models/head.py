@@ -96,7 +96,8 @@ def _file_of(path: str, tensor: str, revision: str) -> str | None:
     """Return the safetensors file that may hold a tensor; None if there is none."""
     options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     index = cached_file(path, "model.safetensors.index.json", **options)
-    if index is None:
-        return cached_file(path, "model.safetensors", **options)
-    shard = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(tensor)
-    return None if shard is None else cached_file(path, shard, **options)
+    name: str | None = "model.safetensors"
+    if index is not None:
+        name = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(tensor)
+    file: str | None = None if name is None else cached_file(path, name, **options)
+    return file

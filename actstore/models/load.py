@@ -101,7 +101,6 @@ def load(
     # A store is shared; where the model lay on this machine is nobody's business.
     name = "/".join(Path(source.name).parts[-2:]) if source.local else source.name
 
-
     def head() -> torch.Tensor:
         with _quiet():
             return head_of_files(module, config, source.path, source.name, common)

@@ -90,7 +90,7 @@ def promoted(
         if not deviation > 0:
             continue
         for side, sign in (("promoted", -1.0), ("suppressed", 1.0)):
-            for rank, at in enumerate(np.argsort(sign * held, kind="stable")[:k].tolist(), 1):
+            for rank, at in enumerate(_lowest(sign * held, k), 1):
                 rows.append(
                     {
                         "number": i % n_sets,
@@ -104,6 +104,14 @@ def promoted(
                     }
                 )
     return pa.Table.from_pylist(rows, schema=PROMOTED)
+
+
+def _lowest(values: npt.NDArray[np.float64], k: int) -> list[int]:
+    """Return where the k lowest values are, lowest first, equal ones in order."""
+    k = min(k, len(values))
+    few = np.flatnonzero(values <= np.partition(values, k - 1)[k - 1])
+    found: list[int] = few[np.argsort(values[few], kind="stable")][:k].tolist()
+    return found
 
 
 def _used(store: CoreStore, n_tokens: int) -> tuple[npt.NDArray[np.int64], list[str]]:

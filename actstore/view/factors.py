@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,12 @@ from actstore.store import CoreStore
 from actstore.view.documents import ShownDocument, choose, committed_windows, read
 from actstore.view.factor_detail import details, short
 from actstore.view.page import PlainTable, View
+from actstore.view.promoted import factor_weights, promoted_entries
 from actstore.view.quantised import embedded, quantised
 from actstore.view.standing_out import N_NEURONS, STEP, standing_out
+
+if TYPE_CHECKING:
+    from actstore.models import LanguageModel
 
 _SCALE_QUANTILE = 0.995
 """Where the colour scale ends, among the scores above 0: a few maxima would leave a page pale."""
@@ -29,6 +33,7 @@ def factor_view(
     *,
     max_tokens: int = 2048,
     other: Factors | None = None,
+    model: LanguageModel | None = None,
 ) -> View:
     """Return a view of a decomposition: every factor, and texts shaded by their scores.
 
@@ -50,12 +55,17 @@ def factor_view(
         How many tokens of a document at most, from its start; the view says where it stopped.
     other : Factors, optional
         Another decomposition of the same sites to compare with, by the cosine of loadings.
+    model : LanguageModel, optional
+        The causal model of the store: each factor then shows the tokens that its output weights
+        promote and suppress.
 
     Raises
     ------
     ArgumentError
         If no document is asked for, a limit is below 1, the store has no committed rows, or `other`
-        is of other sites.
+        is of other sites, or `model` was given and no site is one of ``mlp_post``.
+    ModelError
+        If `model` has no direct path to its logits.
     RowNotFound
         If the store has no such document.
 
@@ -73,6 +83,8 @@ def factor_view(
     if max_tokens < 1:
         raise ArgumentError(f"max_tokens = {max_tokens} was given; expected at least 1.")
     space = factors.sites[0].site.space
+    # First, for it may be refused; all else is kept work.
+    written = None if model is None else promoted_entries(store, model, factor_weights(factors))
     windows = committed_windows(store, space)
     chosen = choose(store, windows, documents, max_documents)
     shown = [read(store, document, windows, space, max_tokens) for document in chosen]
@@ -83,6 +95,8 @@ def factor_view(
     entries = details(store, factors, space)
     for entry, column, top in zip(entries, scores.T, largest.tolist(), strict=True):
         entry.update(max=short(top, 6), **_spread(column))
+        if written is not None:
+            entry["promoted"] = written[entry["factor"]]
     name = store.meta.model.get("name", str(store.path))
     title = f"{factors.n_components} factors of {name}"
     n_held = len(np.unique(windows.column("document").to_numpy()))

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from actstore.decompose import Factors
+from actstore.errors import ArgumentError, ModelError
 from actstore.query import Database, NeuronIndex, Portrait, Shown
 from actstore.query.neuron import Replay
 from actstore.site import Site
 from actstore.store import CoreStore
+from actstore.store.budget import as_count
 from actstore.store.stored_rows import keep_text
 from actstore.view.factor_detail import short
 from actstore.view.notebook import neuron_notebook
 from actstore.view.page import PlainTable, View
+from actstore.view.promoted import neuron_weights, promoted_entries, promoted_table
 from actstore.view.quantised import embedded, quantised
+
+if TYPE_CHECKING:
+    from actstore.models import LanguageModel
 
 _SHOWN = Shown(k=20, n_bins=10, n_each=2, n_random=20, before=16, after=12, n_bottom=20)
 _BARS = 96
@@ -55,6 +62,11 @@ class Neuron:
     by : str, default "source"
         What means are grouped by: SQL on the columns of tokens, and on source, n_tokens and
         metadata of documents.
+    model : callable, optional
+        Loads the store's model: of a causal one the view shows the tokens that the neuron's output
+        weights promote and suppress.
+    named : str or Path, optional
+        Where a notebook finds that model.
 
     Raises
     ------
@@ -78,6 +90,8 @@ class Neuron:
         database: Database,
         replay: Replay | None = None,
         by: str = "source",
+        model: Callable[[], LanguageModel] | None = None,
+        named: str | Path | None = None,
     ) -> None:
         self._index = NeuronIndex.of(store, site, neuron)
         self.store, self.by = store, by
@@ -86,6 +100,7 @@ class Neuron:
         self.neuron: int = self._index.neuron
         """Its index there."""
         self._database, self._replay = database, replay
+        self._model, self._named = model, named
 
     def __repr__(self) -> str:
         statistics = self.statistics
@@ -111,7 +126,53 @@ class Neuron:
         QueryError
             If `by` is not one expression on the columns of tokens and documents.
         """
-        return neuron_view(self._index, self._database, replay=self._replay, by=self.by)
+        written = None if self._model is None else self._written(self._model())
+        return neuron_view(
+            self._index, self._database, replay=self._replay, by=self.by, written=written
+        )
+
+    def promoted(self, k: int = 10) -> pa.Table:
+        """Return the tokens whose logits the neuron raises and lowers most by the direct path.
+
+        Parameters
+        ----------
+        k : int, default 10
+            How many tokens on either side.
+
+        Returns
+        -------
+        pyarrow.Table
+            neuron, site, side, rank, token_id, token, effect and
+            deviations, as `actstore.view.Factors.promoted`.
+
+        Raises
+        ------
+        ArgumentError
+            If no model was given.
+        ModelError, StoreMismatch
+            If the model cannot be loaded, is another, is not causal, or has no direct path; or the
+            site is not one of ``mlp_post``.
+        """
+        if self._model is None:
+            raise ArgumentError(
+                f"model = None; expected the model of {self.store.path}, whose output weights are "
+                f"asked for. Pass it: store.neuron({str(self.site)!r}, {self.neuron}, model=…)."
+            )
+        weights = neuron_weights(self.store, self.site, self.neuron)
+        table = promoted_table(self.store, self._model(), weights, as_count("k", k, 1), "neuron")
+        mine = table.filter(table.column("site").is_valid())
+        return mine.set_column(0, "neuron", pa.array([self.neuron] * len(mine), pa.int32()))
+
+    def _written(self, model: LanguageModel) -> dict[str, Any] | None:
+        """Return the promoted tokens for the view, or why there are none."""
+        if self.site.hook != "mlp_post":
+            return None
+        try:
+            weights = neuron_weights(self.store, self.site, self.neuron)
+            return promoted_entries(self.store, model, weights)[0]
+        except ModelError as error:
+            # A model may be given to compute values again; that it is no causal one ends nothing.
+            return {"refused": str(error)}
 
     def to_html(self, path: str | Path) -> Path:
         """Write the neuron view as one HTML file that makes no request."""
@@ -120,8 +181,7 @@ class Neuron:
     def to_notebook(self, path: str | Path) -> Path:
         """Write an executed notebook that opens the store again and shows this neuron.
 
-        Values that a given model computes again are computed there by the model that the store
-        names.
+        A model that was given as a module is loaded there by its name in the store.
         """
         return neuron_notebook(
             self.store.path,
@@ -130,6 +190,7 @@ class Neuron:
             path,
             by=self.by,
             replay=self._replay is not None,
+            model=self._named,
         )
 
     def _repr_html_(self) -> str:
@@ -137,9 +198,14 @@ class Neuron:
 
 
 def neuron_view(
-    index: NeuronIndex, database: Database, *, replay: Replay | None = None, by: str = "source"
+    index: NeuronIndex,
+    database: Database,
+    *,
+    replay: Replay | None = None,
+    by: str = "source",
+    written: Mapping[str, Any] | None = None,
 ) -> View:
-    """Return the view of a neuron; parameters and cost as `Neuron`."""
+    """Return the view of a neuron; parameters and cost as `Neuron`, and its promoted tokens."""
     store, info = index.store, index.info
     portrait = Portrait(store, info.site.space, index.column(replay), _SHOWN)
     column = portrait.column
@@ -166,6 +232,7 @@ def neuron_view(
             "known": column.what_is_known,
             "complete": portrait.complete,
             "factors": _factors(index),
+            "promoted": written,
             "kin": {"measure": kin.measure, "words": kin.words, "neurons": kin.neurons},
             "means": {
                 "by": by,

@@ -117,6 +117,7 @@ def factors_notebook(
     *,
     kind: str = "nmf",
     compare: str | None = None,
+    model: str | Path | None = None,
 ) -> Path:
     """Write a notebook that opens a store again and shows its factors; return its path.
 
@@ -133,6 +134,8 @@ def factors_notebook(
         Kind of the decomposition.
     compare : str, optional
         Name of another decomposition of the kind that each factor is compared with.
+    model : str or Path, optional
+        The store's model, for the tokens that each factor promotes and suppresses.
 
     Raises
     ------
@@ -146,6 +149,8 @@ def factors_notebook(
     name = "" if factors_name is None else repr(factors_name)
     if kind != "nmf":
         name += f"{', ' if name else ''}kind={kind!r}"
+    given = {"compare": compare, "model": None if model is None else str(model)}
+    options = ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
     cells = [
         *_opening(store_path, path),
         ("markdown", "Its factors: their share of the energy, and of how many neurons each is."),
@@ -155,7 +160,7 @@ def factors_notebook(
             "Point at a factor, or choose it: the text is shaded by its score, on one scale for "
             "all documents.",
         ),
-        ("code", f"factors.view({'' if compare is None else f'compare={compare!r}'})"),
+        ("code", f"factors.view({options})"),
         ("markdown", "The rows that drive each factor most, in SQL."),
         (
             "code",
@@ -195,6 +200,7 @@ def neuron_notebook(
     *,
     by: str = "source",
     replay: bool = False,
+    model: str | Path | None = None,
 ) -> Path:
     """Write a notebook that opens a store again and shows one of its neurons.
 
@@ -210,8 +216,11 @@ def neuron_notebook(
         What means are grouped by.
     replay : bool
         Whether values that are not stored are computed again.
+    model : str or Path, optional
+        The store's model, for that and for the tokens that the neuron promotes and suppresses.
     """
     options = ("" if by == "source" else f", by={by!r}") + (", replay=True" if replay else "")
+    options += "" if model is None else f", model={str(model)!r}"
     cells = [
         *_opening(store_path, path),
         ("markdown", "Its values over all rows, its exemplars in context, and what goes with it."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import pyarrow as pa
@@ -13,12 +13,16 @@ from actstore import decompose
 from actstore.decompose import Projection, Stability
 from actstore.query import Condition, Database
 from actstore.store import Rows
-from actstore.store.budget import Progress
+from actstore.store.budget import Progress, as_count
 from actstore.view.factor_table import factor_table, headline
 from actstore.view.factors import factor_view
 from actstore.view.notebook import factors_notebook, similarity_notebook
 from actstore.view.page import View
+from actstore.view.promoted import factor_weights, promoted_table
 from actstore.view.similarity import similarity_view
+
+if TYPE_CHECKING:
+    from actstore.models import LanguageModel
 
 
 class Factors(decompose.Factors):
@@ -35,6 +39,9 @@ class Factors(decompose.Factors):
         *,
         max_documents: int = 50,
         compare: str | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: str = "auto",
     ) -> View:
         """Return the factor view: all factors, and texts shaded by their scores.
 
@@ -47,16 +54,75 @@ class Factors(decompose.Factors):
         compare : str, optional
             Name of another decomposition of the same sites: each factor then shows its nearest
             there.
+        model : str, Path or torch.nn.Module, optional
+            The causal model the store was captured from: each factor then shows the tokens that its
+            output weights promote and suppress, as `promoted` has them.
+        tokenizer : optional
+            Needed where `model` is a module.
+        device : str, default "auto"
+            Where `model` is loaded to.
 
         Raises
         ------
         ArgumentError, RowNotFound, ResultNotFound
             If no document is asked for, the store has none of that number, or no such result.
+        ModelError, StoreMismatch
+            If the model cannot be loaded, is another, or has no direct path to its logits.
         """
         other = None
         if compare is not None:
             other = decompose.Factors(self.store, self.store.result(self.result.kind, compare))
-        return factor_view(self.store, self, document, max_documents, other=other)
+        loaded = None if model is None else self._model(model, tokenizer, device)
+        return factor_view(self.store, self, document, max_documents, other=other, model=loaded)
+
+    def promoted(
+        self, k: int = 10, *, model: Any = None, tokenizer: Any = None, device: str = "auto"
+    ) -> pa.Table:
+        """Return the tokens whose logits each factor raises and lowers most by the direct path.
+
+        The direct path: a score of 1 stands for activations of the factor's FFNN neurons; what
+        their output weights write into the residual stream goes straight through the final norm's
+        linear part and the unembedding.  What later layers make of it is not in it.
+
+        Parameters
+        ----------
+        k : int, default 10
+            How many tokens on either side.
+        model : str, Path or torch.nn.Module, optional
+            The causal model the store was captured from; default where its name in the store leads.
+        tokenizer : optional
+            Needed where `model` is a module.
+        device : str, default "auto"
+            Where the model is loaded to.
+
+        Returns
+        -------
+        pyarrow.Table
+            factor, site (null for all together), side ("promoted", "suppressed"), rank, token_id,
+            token, effect (from the mean over all tokens, without the norm's division), deviations
+            (the same in standard deviations of all tokens').
+
+        Raises
+        ------
+        ArgumentError
+            If no site is one of ``mlp_post``.
+        ModelError, StoreMismatch
+            If the model cannot be loaded, is another, is not causal, or has no direct path.
+
+        See Also
+        --------
+        actstore.query.promoted : cost.
+        actstore.models.direct_path : references, what is proved of the model.
+        """
+        weights = factor_weights(self)
+        loaded = self._model(model, tokenizer, device)
+        return promoted_table(self.store, loaded, weights, as_count("k", k, 1), "factor")
+
+    def _model(self, model: Any, tokenizer: Any, device: str) -> LanguageModel:
+        # Here: it loads transformers, which a look at factors does not need.
+        from actstore.capturing import model_of
+
+        return model_of(self.store, model, tokenizer, device)
 
     def __repr__(self) -> str:
         return f"{headline(self)}\n{factor_table(self)!r}"
@@ -164,17 +230,39 @@ class Factors(decompose.Factors):
         *,
         max_documents: int = 50,
         compare: str | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        device: str = "auto",
     ) -> Path:
         """Write the factor view as one HTML file that makes no request; parameters as `view`."""
-        return self.view(document, max_documents=max_documents, compare=compare).to_html(path)
+        view = self.view(
+            document,
+            max_documents=max_documents,
+            compare=compare,
+            model=model,
+            tokenizer=tokenizer,
+            device=device,
+        )
+        return view.to_html(path)
 
     def _repr_html_(self) -> str:
         return self.view().html
 
-    def to_notebook(self, path: str | Path, *, compare: str | None = None) -> Path:
-        """Write an executed notebook that opens the store again and shows these factors."""
+    def to_notebook(
+        self,
+        path: str | Path,
+        *,
+        compare: str | None = None,
+        model: str | Path | None = None,
+    ) -> Path:
+        """Write an executed notebook that opens the store again and shows these factors.
+
+        `model` is the name or the path of the store's model, which the notebook loads.
+        """
         kind = self.result.kind
-        return factors_notebook(self.store.path, self.name, path, kind=kind, compare=compare)
+        return factors_notebook(
+            self.store.path, self.name, path, kind=kind, compare=compare, model=model
+        )
 
 
 class Similarity(decompose.Similarity):

@@ -13,23 +13,9 @@ import transformers
 from actstore.errors import ModelError
 from actstore.models import LanguageModel, load
 from actstore.site import Site
-from tests.toys import toy_config, toy_model, toy_tokenizer
+from tests.toys import toy_causal_model, toy_model, toy_tokenizer
 
-N_LAYERS, HIDDEN, FFN = 3, 32, 48
-
-
-def causal(architecture: str, tied: bool) -> Any:
-    """Return a random causal model with its head, norms that do something, and its tokenizer."""
-    tokenizer = toy_tokenizer(architecture)
-    config = toy_config(architecture, N_LAYERS, HIDDEN, FFN, len(tokenizer), tokenizer)
-    config.tie_word_embeddings = tied
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        norm = model.transformer.ln_f if architecture == "gpt2" else model.model.norm
-        for parameter in norm.parameters():
-            torch.nn.init.normal_(parameter, 0.7, 0.4)
-    return model, tokenizer
+N_LAYERS, FFN = 3, 48
 
 
 def plain(model: Any) -> tuple[list[np.ndarray], np.ndarray, bool]:
@@ -54,7 +40,7 @@ def test_effects_are_output_weights_times_norm_times_head(
     architecture: str, tied: bool, given: str, tmp_path: Path
 ) -> None:
     """Every neuron has its own direction and every token its own logit, of a module or of files."""
-    module, tokenizer = causal(architecture, tied)
+    module, tokenizer = toy_causal_model(architecture, tied)
     if given == "directory":
         module.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
@@ -75,7 +61,7 @@ def test_an_effect_is_what_the_logits_do_when_the_norm_divides_by_what_it_did(
     architecture: str,
 ) -> None:
     """A little of a last-layer neuron moves transformers' own logits along its direct effect."""
-    module, tokenizer = causal(architecture, tied=False)
+    module, tokenizer = toy_causal_model(architecture, tied=False)
     model = load(module, tokenizer, device="cpu")
     point = model.points[Site("mlp_post", N_LAYERS - 1)]
     projection = model.module.get_submodule(point.module)

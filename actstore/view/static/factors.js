@@ -515,6 +515,7 @@ function draw(view, data) {
         el("div", {},
           section("Rows in their context", tabs("Rows", factor.exemplars.map(([name, rows]) =>
             [name, () => [el("ol", { class: "exemplars" }, ...rows.map(exemplar))]])).node),
+          ...(factor.promoted ? [promotedPart(factor.promoted, "a score")] : []),
           ...(factor.types ? [section("Token types", tabs("Token types", [
             ["By mean score", () => [typeTable(factor.types.mean, "mean")]],
             ["By share", () => [typeTable(factor.types.share, "share")]]]).node)] : []))));

@@ -152,5 +152,6 @@ function draw(view, data) {
         exemplars.node),
       el("div", {},
         section("Factors it loads on", ...(fits.length ? fits : [note("No decomposition of this site is in the store.")])),
+        ...(data.promoted ? [promotedPart(data.promoted, "an activation")] : []),
         kin(), means())));
 }

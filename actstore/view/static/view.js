@@ -193,6 +193,28 @@ function meter(value, largest, label, signed = false) {
   return el("span", { class: "meter" }, el("span", { class: "track", "aria-hidden": "true" }, bar), label);
 }
 
+// The tokens that output weights promote and suppress: of all sites, and of each where there are some.
+// What they do to the logits is one path of many, and the note says so.
+function promotedPart(data, unit) {
+  const heading = el("h4", {}, "Next tokens its output weights promote and suppress");
+  if (data.refused) return el("div", { class: "promoted" }, heading, el("p", { class: "note" }, visible(data.refused)));
+  const chip = ([token, deviations, effect]) => el("bdi", { class: "word", title: title(deviations, effect) }, marked(token));
+  const title = (deviations, effect) => `${number(deviations)} standard deviations from the mean token; effect ${number(effect)}`;
+  const [up, down] = data.all;
+  const most = Math.max(...[...up, ...down].map(([, deviations]) => Math.abs(deviations)), 1e-9);
+  const bar = ([, deviations]) => meter(deviations, most, number(deviations));
+  const all = () => (up.length
+    ? [grid(["promoted", "\u03c3", "suppressed", "\u03c3"], up.map((entry, i) => [chip(entry), bar(entry), chip(down[i]), bar(down[i])]))]
+    : [el("p", { class: "note" }, "None: it writes nothing.")]);
+  const bySite = () => [grid(["site", "promoted", "suppressed"], data.sites.map(([site, ...sides]) =>
+    [el("span", { class: "name" }, site), ...sides.map((side) => el("span", { class: "words" }, ...side.map(chip)))]))];
+  const entries = [["All sites", all], ...(data.sites.length ? [["By site", bySite]] : [])];
+  return el("div", { class: "promoted" }, heading, ...(data.sites.length ? [tabs("Sites", entries).node] : all()),
+    el("p", { class: "note" }, `The direct path of ${unit} above zero: output weights, the final norm\u2019s linear part, unembedding ` +
+      "(direct logit attribution, the logit lens of a direction), from the mean over all tokens, in standard deviations (\u03c3) of theirs. " +
+      "Below zero the two change places. Not in it: the norm\u2019s division, and what later attention and FFNNs make of it, which can be more and opposite."));
+}
+
 // The tokens of a text: pointing at one, or going there with the arrow keys, tells of it. With Shift
 // the arrow keys select a span. An item has a node and the word on it; describe returns [name, value]s.
 class Walk {
