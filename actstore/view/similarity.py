@@ -41,13 +41,17 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
     model = store.meta.model.get("name", store.path)
     other = summary.get("other")
     title = f"{measure} between {len(rows)} sites of {model}"
+    names = [str(model), str(other.get("model") or other["path"])] if other else []
     if other:
-        title += f" and {len(columns)} of {other['path']}"
+        title += f" and {len(columns)} of {names[1]}"
     return View(
         title,
         "similarity",
         {
             "measure": measure,
+            "reading": _reading(
+                names, weighed=any("weighing_site" in pair for pair in pairs.values())
+            ),
             "rows": [_site(site) for site in rows],
             "columns": [_site(site) for site in columns],
             "cells": cells,
@@ -64,6 +68,18 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
             ],
         ),
     )
+
+
+def _reading(names: list[str], *, weighed: bool) -> str:
+    """Return what a row and a column are, where it matters."""
+    found = []
+    if names:
+        found.append(f"Rows are sites of {names[0]} (this store), columns those of {names[1]}.")
+    if weighed:
+        found.append(
+            "A cell is weighed by one of its two sites; the other way round it may differ."
+        )
+    return " ".join(found)
 
 
 def _site(site: Site) -> dict[str, Any]:
@@ -94,6 +110,7 @@ def _cell(pair: Mapping[str, Any]) -> dict[str, Any]:
         "null_mean": _finite(pair.get("null_mean")),
         "null_p95": _finite(pair.get("null_p95")),
         "ranks": None if None in ranks else ranks,
+        "weighed": pair.get("weighing_site"),
         "note": "; ".join(notes),
     }
 
@@ -102,6 +119,9 @@ def _facts(summary: Mapping[str, Any]) -> list[list[str]]:
     facts = [
         ["result", str(summary["name"])],
         ["rows", f"{summary['n_rows_read']:,} of {summary['n_rows']:,} ({summary['rows']})"],
-        ["widest 95 % interval, this store", f"± {summary['half_width']:.4f}"],
     ]
+    if other := summary.get("other"):
+        facts.append(["other store", str(other["path"])])
+    half = summary["half_width"]
+    facts.append(["widest 95 % interval, this store", f"± {half:.4f}" if half else "none: exact"])
     return [*facts, ["warning", summary["warning"]]] if "warning" in summary else facts

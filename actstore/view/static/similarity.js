@@ -16,15 +16,16 @@ function draw(view, data) {
 
   const interval = ([low, high]) => `${low.toFixed(3)} to ${high.toFixed(3)}`;
   function describe(i, j) {
-    const { value, store, text, null_mean, null_p95, ranks, note } = cells[i][j];
+    const { value, store, text, null_mean, null_p95, ranks, weighed, note } = cells[i][j];
     const lines = [value === null ? `${measure}: no value` : `${measure} ${value.toFixed(3)}`];
-    if (store) lines.push(`95\u202f% interval, this store: ${interval(store)}`);
+    if (store) lines.push(store[0] < store[1] ? `95\u202f% interval, this store: ${interval(store)}` : "exact for the rows of this store");
     if (text) lines.push(`95\u202f% interval, text like this: ${interval(text)}`);
     if (null_mean !== null) {
       lines.push(`by chance (one side shifted by documents): ${null_mean.toFixed(3)}` +
         (null_p95 === null ? "" : `, below ${null_p95.toFixed(3)} in 95\u202f%`));
     }
     if (ranks) lines.push(`directions compared: ${ranks[0]} and ${ranks[1]}`);
+    if (weighed) lines.push(`weighed by the directions of ${weighed}`);
     return note ? [...lines, `\u26a0 ${note}`] : lines;
   }
 
@@ -115,6 +116,7 @@ function draw(view, data) {
         el("div", {}, el("b", {}, `${measure} between two sites`), el("br"), scale(["0", "0.5", "1"])),
         ...(warned ? [el("p", {}, el("span", { class: "sample warn" }), data.warning)] : []),
         ...(missing ? [el("p", {}, el("span", { class: "sample none" }), "no value: a site is constant there")] : []),
+        ...(data.reading ? [el("p", {}, visible(data.reading))] : []),
         el("p", {}, "Sites stand in the order of hook point and layer. Point at a cell, tap it, or go there with ",
           "the arrow keys, for its value, intervals and warnings."))));
   new ResizeObserver(fit).observe(view);
