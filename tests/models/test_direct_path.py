@@ -35,14 +35,15 @@ def effects(model: LanguageModel, layer: int) -> np.ndarray:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("given", ["module", "directory"])
+@pytest.mark.parametrize("given", ["module", "directory", "shards"])
 def test_effects_are_output_weights_times_norm_times_head(
     architecture: str, tied: bool, given: str, tmp_path: Path
 ) -> None:
     """Every neuron has its own direction and every token its own logit, of a module or of files."""
     module, tokenizer = toy_causal_model(architecture, tied)
-    if given == "directory":
-        module.save_pretrained(tmp_path)
+    if given != "module":
+        module.save_pretrained(tmp_path, max_shard_size="5GB" if given == "directory" else "50KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1 or given == "shards"
         tokenizer.save_pretrained(tmp_path)
         model = load(tmp_path, device="cpu")
     else:
