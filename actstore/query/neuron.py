@@ -185,9 +185,13 @@ class NeuronIndex:
         )
 
     def _overlapping(self, database: Database, k: int) -> Kin:
+        # Rows that tie at the end of a full list are there by their row_id, not by their value: the
+        # lists of two neurons that are never above zero would be the same rows.
         found = database.sql(
             "WITH mine AS (SELECT row_id FROM exemplars "
-            "WHERE site = $site AND neuron = $neuron AND side = 'top'), "
+            "WHERE site = $site AND neuron = $neuron AND side = 'top' "
+            "QUALIFY value > min(value) OVER () OR count(*) OVER (PARTITION BY value) = 1 "
+            f"OR count(*) OVER () < {_LISTED}), "
             "shared AS (SELECT site, neuron, count(*) AS n_both FROM exemplars "
             "WHERE side = 'top' AND space = $space AND row_id IN (SELECT row_id FROM mine) "
             "GROUP BY site, neuron) "

@@ -50,6 +50,22 @@ def test_kin_overlap_is_the_jaccard_of_whole_lists(captured):
     assert [value for *_, value in kin.neurons] == pytest.approx(best)
 
 
+def test_silent_neurons_are_not_kin_of_each_other(tmp_path):
+    """Two neurons that are zero at every row have the same lists, and are no kin by that."""
+    module, tokenizer = toy_model("gpt2")
+    parameters = dict(module.named_parameters())
+    for name in ("h.1.mlp.c_fc.weight", "h.1.mlp.c_fc.bias"):
+        found = next(value for key, value in parameters.items() if key.endswith(name))
+        found.data[..., 5:7] = 0
+    text = [TEXT, TEXT, TEXT]
+    store = actstore.capture(module, text, tmp_path / "store", tokenizer=tokenizer, sites=[SITE])
+    rows = {n: [row["row_id"] for row in store.top(SITE, n, k=100)] for n in (5, 6)}
+
+    assert len(rows[5]) == 100
+    assert rows[5] == rows[6]
+    assert NeuronIndex.of(store, SITE, 5).kin(Database(store)).neurons == []
+
+
 def test_kin_are_correlations_where_there_is_a_gram(captured):
     """With a Gram kin are the neurons of the site with the largest Pearson correlations."""
     kin = NeuronIndex.of(captured, "resid_post.1", 3).kin(Database(captured), k=5)
