@@ -245,10 +245,11 @@ def estimate(
     per_deck = deck.run_rows
     n_decks = min(deck.n_decks, -(-max_batches // per_deck))
     if n_decks * per_deck < 2:
+        smaller = f"a smaller batch_rows (down to {MIN_BATCH_ROWS}), "
         raise ArgumentError(
             f"batch_rows = {batch_rows} is too many for {scan.n_rows:,} rows ({scan.ranked.rule}) "
-            f"of {scan.store.path}; expected two batches or more. Pass a smaller batch_rows (down "
-            f"to {MIN_BATCH_ROWS}), rows='all', or capture more segments."
+            f"of {scan.store.path}; expected two batches or more. Pass "
+            f"{smaller if batch_rows > MIN_BATCH_ROWS else ''}rows='all', or capture more segments."
         )
     sites = tuple(scan.columns.values())
     totals: Sums = {}
