@@ -99,8 +99,9 @@ def model_of(
             if model is not None:
                 raise
             raise ModelError(
-                f"the model of {store.path}, {facts['name']!r}, is not found under that name: "
-                f"{error} If it lies elsewhere, give its directory as model= (--model)."
+                f"the model of {store.path}, {facts['name']!r}, is not found under that name, "
+                "which of a local directory is the end of its path. Give the directory, or the "
+                f"name it has now, as model= (--model). ({error})"
             ) from error
     else:
         loaded = load(model, tokenizer, device=device)

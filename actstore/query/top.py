@@ -64,7 +64,10 @@ class Top(Answer):
         self.reached = reached
 
     def __repr__(self) -> str:
-        return f"{self._printed()!r}\n({self.reached})"
+        lines = [repr(self._printed()), f"({self.reached})"]
+        if "values" in self.columns:
+            lines.insert(1, "… the neuron over each context: .df(), or --format json")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return self._printed()._repr_html_()

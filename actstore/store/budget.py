@@ -31,7 +31,8 @@ def as_count(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
         raise ArgumentError(f"{name} = {value!r} is not a whole number.")
     number = operator.index(value)
     if not least <= number <= most:
-        raise ArgumentError(f"{name} = {number} was given; expected {least} … {most}.")
+        expected = f"{least} or more" if most >= 2**62 else f"{least} … {most}"
+        raise ArgumentError(f"{name} = {number} was given; expected {expected}.")
     return number
 
 

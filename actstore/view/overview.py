@@ -205,7 +205,8 @@ def _result(result: Result) -> dict[str, Any]:
         if document.get("error") is not None:
             what += f", relative error {document['error']:.3f}"
     elif result.kind == "similarity":
-        what = f"{str(document['measure']).upper()}, ± {document['half_width']:.4f}"
+        half = document["half_width"]
+        what = f"{str(document['measure']).upper()}, {f'± {half:.4f}' if half else 'exact'}"
     elif result.kind == "stability":
         what = f"{document['n_stable']} of {document['n_components']} factors of "
         what += f"{document['factors']} are stable"

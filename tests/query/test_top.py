@@ -324,6 +324,7 @@ def test_activations_are_those_of_the_snippets_rows(
 ) -> None:
     """Each token has the value of its own row where that is stored, or among the answer."""
     answer = top(sampled, site, 2, 20, before=5, after=4, activations=True)
+    assert "the neuron over each context: .df(), or --format json" in repr(answer)
     known = set(sampled[site].row_ids().tolist()) if site != "mlp_post.10" else set()
     known |= set(answer.to_arrow()["row_id"].to_pylist())
     for row in answer:

@@ -510,7 +510,7 @@ function draw(view, data) {
         el("div", {},
           section(factor.neurons.length < sites.length ? `The ${factor.neurons.length} sites with the largest shares` : "Neurons by site", neuronTable(factor)),
           ...(factor.positions ? [section("Score over the position in a window", positionChart(factor.positions))] : []),
-          ...(factor.documents ? [section("Documents with the highest mean scores", documentTable(factor.documents))] : []),
+          ...(factor.documents ? [section("Documents with the highest mean scores, those of few rows last", documentTable(factor.documents))] : []),
           compareSection(index)),
         el("div", {},
           section("Rows in their context", tabs("Rows", factor.exemplars.map(([name, rows]) =>
