@@ -5,6 +5,7 @@ import pytest
 
 import actstore
 from actstore.errors import ArgumentError, QueryError, RowNotFound, StoreNotFound
+from tests.synthetic import synthetic_store
 from tests.toys import toy_model
 
 
@@ -193,3 +194,22 @@ def test_top_replays_what_is_not_stored(tmp_path, texts):
     for row, other in zip(found, expected, strict=True):
         assert (row["row_id"], row["tokens"]) == (other["row_id"], other["tokens"])
         np.testing.assert_allclose(row["values"], other["values"], atol=2e-3)
+
+
+def test_rows_are_chosen_in_the_space_of_the_sites(tmp_path, monkeypatch):
+    """Content rows of a decoder are not those of its encoder, which comes first."""
+    values = {f"{space}.mlp_post.0": np.ones((200, 5)) for space in ("encoder", "decoder")}
+    store = actstore.open(synthetic_store(tmp_path / "s", values).path)
+    asked = []
+    chosen = type(store).rows
+
+    def rows(self, rule="content", space=None):
+        asked.append(space)
+        return chosen(self, rule, space)
+
+    monkeypatch.setattr(type(store), "rows", rows)
+    store.nmf("decoder.mlp_post", 2)
+    store.pca(iter(["decoder.mlp_post"]), 1)
+    store.loader("decoder.mlp_post", 50)
+
+    assert set(asked) == {"decoder"}

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from actstore.cli import main
+from actstore.cli.printing import Bars
 
 
 def lines(result):
@@ -216,3 +218,11 @@ def test_sites_of_a_model(run, model_folder):
     rows = lines(run("sites", model_folder))
 
     assert {"site": "mlp_post.2", "width": 64, "side": "input", "module": "h.2.mlp.c_proj"} in rows
+
+
+def test_what_is_said_between_bars_is_printed_safely(capsys: pytest.CaptureFixture[str]) -> None:
+    """Text that comes from a store does not act on the terminal, and any object can be said."""
+    with Bars() as bars:
+        bars.say("a\x1b[31mb")
+        bars.say(Path("folder"))
+    assert capsys.readouterr().out == "a\\x1b[31mb\nfolder\n"

@@ -17,6 +17,11 @@ Keep = str | float | Mapping[str, str | float] | None
 """What of the rows is stored, of all sites or by site."""
 
 
+def listed(sites: Sites) -> Sites:
+    """Return sites that can be gone through twice."""
+    return sites if sites is None or isinstance(sites, (str, Site)) else list(sites)
+
+
 def settings(
     sites: Sites,
     dtype: str,

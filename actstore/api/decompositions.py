@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from actstore.api.arguments import Sites
+from actstore.api.arguments import Sites, listed
 from actstore.api.questions import Questions
 from actstore.site import Site
-from actstore.store import CoreStore
+from actstore.store import CoreStore, Rows
 from actstore.store.budget import Progress, as_count, parse_budget
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Decompositions(Questions):
         actstore.decompose.nmf : the algorithm, all parameters, references.
         sklearn.decomposition.NMF : in memory.
         """
+        sites = listed(sites)
         from actstore.decompose import nmf
         from actstore.decompose.engine import Engine
         from actstore.view import Factors
@@ -72,7 +73,7 @@ class Decompositions(Questions):
                 mode=mode,
                 signed=signed,
                 active=active,
-                rows=self._rows(rows),
+                rows=self._rows_at(rows, sites),
                 seed=seed,
                 passes=1 if passes is None else as_count("passes", passes, 0),
                 tolerance=tolerance,
@@ -105,6 +106,7 @@ class Decompositions(Questions):
         actstore.decompose.pca : cost, all parameters.
         sklearn.decomposition.PCA : in memory.
         """
+        sites = listed(sites)
         from actstore.decompose import pca
         from actstore.view import Factors
 
@@ -113,7 +115,7 @@ class Decompositions(Questions):
             sites,
             as_count("n_components", n_components, 1),
             scale=scale,
-            rows=self._rows(rows),
+            rows=self._rows_at(rows, sites),
             name=name,
             budget=budget,
             progress=progress,
@@ -141,6 +143,7 @@ class Decompositions(Questions):
         actstore.decompose.ica : cost, all parameters.
         sklearn.decomposition.FastICA : in memory.
         """
+        sites = listed(sites)
         from actstore.decompose import ica
         from actstore.view import Factors
 
@@ -149,7 +152,7 @@ class Decompositions(Questions):
             sites,
             as_count("n_components", n_components, 1),
             scale=scale,
-            rows=self._rows(rows),
+            rows=self._rows_at(rows, sites),
             seed=as_count("seed", seed, 0),
             max_iterations=as_count("max_iterations", max_iterations, 1),
             tolerance=tolerance,
@@ -209,6 +212,7 @@ class Decompositions(Questions):
         --------
         actstore.decompose.similarity : all parameters, what they cost, references.
         """
+        sites = listed(sites)
         from actstore.decompose import similarity
         from actstore.decompose.engine import Engine
         from actstore.view import Similarity
@@ -220,7 +224,7 @@ class Decompositions(Questions):
                 measure=measure,
                 method=method,
                 tolerance=tolerance,
-                rows=rows if rows in ("content", "all") else self._rows(rows),
+                rows=rows if rows in ("content", "all") else self._rows_at(rows, sites),
                 standardize=standardize,
                 other=other,
                 variant=variant,
@@ -268,13 +272,14 @@ class Decompositions(Questions):
         --------
         actstore.decompose.Loader : all parameters, workers, ranks, going on after a stop.
         """
+        sites = listed(sites)
         from actstore.decompose import Loader
 
         return Loader(
             self,
             sites,
             as_count("batch_rows", batch_rows, 1),
-            rows=rows if rows in ("content", "all") else self._rows(rows),
+            rows=self._rows_at(rows, sites),
             seed=as_count("seed", seed, 0),
             epochs=None if epochs is None else as_count("epochs", epochs, 1),
             dtype=dtype,
@@ -300,17 +305,22 @@ class Decompositions(Questions):
         --------
         actstore.decompose.shuffle : all parameters, what is written.
         """
+        sites = listed(sites)
         from actstore.decompose import shuffle
 
         return shuffle(
             self,
             sites,
             to,
-            rows=rows if rows in ("content", "all") else self._rows(rows),
+            rows=self._rows_at(rows, sites),
             seed=as_count("seed", seed, 0),
             budget=budget,
             progress=progress,
         )
+
+    def _rows_at(self, rows: str, sites: Sites) -> Rows:
+        """Return the rows of a rule in the space of some sites, which all sites of a call share."""
+        return self._rows(rows, self.select(sites)[0].site.space)
 
     def dask(self, site: str | Site) -> tuple[dask.array.Array, npt.NDArray[np.int64]]:
         """Return a site as a plain dask array, and the row_id of each of its rows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 
@@ -12,9 +12,6 @@ from actstore.api.decompositions import Decompositions
 from actstore.site import Site
 from actstore.store import Rows
 from actstore.store.budget import Progress
-
-if TYPE_CHECKING:
-    pass
 
 
 class Exports(Decompositions):
@@ -177,7 +174,7 @@ class Exports(Decompositions):
         if isinstance(rows, str) and rows in ("content", "all"):
             chosen = self.rows_stored(self.rows(rows, infos[0].site.space), infos)
         elif isinstance(rows, str):
-            chosen = self.rows_stored(self._rows(rows), infos)
+            chosen = self.rows_stored(self._rows(rows, infos[0].site.space), infos)
         else:
             ids = as_row_ids(rows)
             chosen = Rows.from_row_ids(f"{len(ids)} row ids", self.meta.segment_rows, ids)

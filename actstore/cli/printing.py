@@ -139,7 +139,7 @@ class Bars:
             self._progress.stop()
         self._progress, self._tasks = None, {}
 
-    def say(self, shown: Any) -> None:
+    def say(self, anything: Any) -> None:
         """Print something between bars."""
         self.pause()
-        click.echo(shown(shown))
+        click.echo(shown(anything))

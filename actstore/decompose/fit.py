@@ -162,10 +162,11 @@ class Fit:
         assert self._checkpoint is not None
         state = self._checkpoint.load()
         self._clock.start("start")
-        self._begin(state)
-        self._online()
-        if self._settings.tolerance is not None:
-            self._batch(self._settings.tolerance)
+        with self._threads:
+            self._begin(state)
+            self._online()
+            if self._settings.tolerance is not None:
+                self._batch(self._settings.tolerance)
         return self._exact(state)
 
     def loadings(self) -> list[torch.Tensor]:
@@ -174,8 +175,9 @@ class Fit:
         For fits that are compared with each other: where a sample is all rows, fewer rounds settle
         which factors are found than it takes for the last of the error.
         """
-        self._begin(None, _COMPARED_ROUNDS)
-        self._online()
+        with self._threads:
+            self._begin(None, _COMPARED_ROUNDS)
+            self._online()
         return [dictionary.unit_loadings() for dictionary in self.dictionaries]
 
     # -- start ---------------------------------------------------------------------------------

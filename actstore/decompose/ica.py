@@ -84,46 +84,45 @@ def ica(
 
     infos, chosen = checked(store, sites, n_components, scale, rows)
     budget_bytes = parse_budget(budget)
-    writer = store.new_result("ica", name, {})
-    began = time.perf_counter()
-    found = principal_components(
-        store, infos, chosen, n_components, scale, budget_bytes=budget_bytes, progress=progress
-    )
-    kept = found.variances > 1e-10 * found.variances[0]
-    if not kept.all():
-        raise ArgumentError(
-            f"n_components = {n_components} cannot be used: the rows have {int(kept.sum())} "
-            f"dimensions that matter. Pass n_components={max(1, int(kept.sum()))} or less."
+    with store.new_result("ica", name, {}) as writer:
+        began = time.perf_counter()
+        found = principal_components(
+            store, infos, chosen, n_components, scale, budget_bytes=budget_bytes, progress=progress
         )
-    k, width = found.loadings.shape
-    most = max(k, (budget_bytes // 2 - 40 * k * width) // (8 * _COPIES * k))
-    scan = Scan(
-        store,
-        infos,
-        chosen,
-        budget_bytes=budget_bytes,
-        reserved_bytes=budget_bytes // 2,
-        seed=seed,
-    )
-    whitened = _whitened(scan, found, min(most, scan.n_rows))
-    model = FastICA(
-        whiten=False, max_iter=max_iterations, tol=tolerance, random_state=seed, fun="logcosh"
-    )
-    model.fit(whitened)
-    loadings, readout = _unmixed(found, model.components_)
-    shares = np.square(np.linalg.norm(loadings, axis=1)) / found.total_variance
-    order = np.argsort(-shares, kind="stable")
-    lengths = np.linalg.norm(loadings, axis=1, keepdims=True)
-    signs = turned(loadings)
-    # Loadings of unit length: a score is then in the units of the rows.
-    loadings, readout = (signs * loadings / lengths)[order], (signs * readout * lengths)[order]
-    fitted = time.perf_counter()
-    linear = Linear.narrow(found.column_scales, found.mean, readout)
-    columns: dict[str, npt.NDArray[Any]] = {
-        "share": shares[order],
-        "explained_variance": shares[order] * found.total_variance,
-    }
-    with writer:
+        kept = found.variances > 1e-10 * found.variances[0]
+        if not kept.all():
+            raise ArgumentError(
+                f"n_components = {n_components} cannot be used: the rows have {int(kept.sum())} "
+                f"dimensions that matter. Pass n_components={max(1, int(kept.sum()))} or less."
+            )
+        k, width = found.loadings.shape
+        most = max(k, (budget_bytes // 2 - 40 * k * width) // (8 * _COPIES * k))
+        scan = Scan(
+            store,
+            infos,
+            chosen,
+            budget_bytes=budget_bytes,
+            reserved_bytes=budget_bytes // 2,
+            seed=seed,
+        )
+        whitened = _whitened(scan, found, min(most, scan.n_rows))
+        model = FastICA(
+            whiten=False, max_iter=max_iterations, tol=tolerance, random_state=seed, fun="logcosh"
+        )
+        model.fit(whitened)
+        loadings, readout = _unmixed(found, model.components_)
+        shares = np.square(np.linalg.norm(loadings, axis=1)) / found.total_variance
+        order = np.argsort(-shares, kind="stable")
+        lengths = np.linalg.norm(loadings, axis=1, keepdims=True)
+        signs = turned(loadings)
+        # Loadings of unit length: a score is then in the units of the rows.
+        loadings, readout = (signs * loadings / lengths)[order], (signs * readout * lengths)[order]
+        fitted = time.perf_counter()
+        linear = Linear.narrow(found.column_scales, found.mean, readout)
+        columns: dict[str, npt.NDArray[Any]] = {
+            "share": shares[order],
+            "explained_variance": shares[order] * found.total_variance,
+        }
         summary = write_linear(
             writer,
             store,

@@ -39,6 +39,7 @@ class Order:
     """What a worker must know to read rows; plain values, which the scheduler unpacks too."""
 
     store: str
+    store_id: str
     sites: tuple[str, ...]
     budget_bytes: int
     reserved_bytes: int
@@ -63,6 +64,7 @@ class OnDask:
         self._progress = progress
         self._order = Order(
             str(scan.store.path),
+            scan.store.meta.store_id,
             tuple(str(site) for site in scan.columns),
             scan.budget_bytes,
             scan.reserved_bytes,
@@ -74,8 +76,9 @@ class OnDask:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # On an error it may be waiting for workers that do not answer any more.
+        self._thread.shutdown(wait=kind is None, cancel_futures=True)
 
     def total(self, work: Work) -> Sums:
         """Return what the ranges of the next step add up to."""
@@ -272,10 +275,12 @@ _stores: dict[str, CoreStore] = {}
 _opening = threading.Lock()
 
 
-def _store_at(path: str) -> CoreStore:
-    """Return a worker's view of a store, kept from task to task."""
+def _store_at(path: str, store_id: str) -> CoreStore:
+    """Return a worker's view of a store, kept from task to task: the last one."""
     with _opening:
-        if path not in _stores:
+        # Another store may have been made where one was.
+        if path not in _stores or _stores[path].meta.store_id != store_id:
+            _stores.clear()
             try:
                 _stores[path] = CoreStore(path)
             except StoreNotFound:
@@ -294,7 +299,7 @@ def run_task(order: Order, ranges: list[list[Ids]], work: Work) -> Outcome:
     with suppress(ValueError):  # no worker: a test calls it by itself
         torch.set_num_threads(distributed.get_worker().state.nthreads)
     try:
-        store = _store_at(order.store)
+        store = _store_at(order.store, order.store_id)
         ids = np.sort(np.concatenate([block for blocks in ranges for block in blocks]))
         rows = Rows.from_row_ids("of a task", store.meta.segment_rows, ids)
         if not set(store.committed).issuperset(rows.segments):

@@ -116,18 +116,17 @@ def pca(
     """
     infos, chosen = checked(store, sites, n_components, scale, rows)
     budget_bytes = parse_budget(budget)
-    writer = store.new_result("pca", name, {})
-    began = time.perf_counter()
-    found = principal_components(
-        store, infos, chosen, n_components, scale, budget_bytes=budget_bytes, progress=progress
-    )
-    fitted = time.perf_counter()
-    linear = Linear.narrow(found.column_scales, found.mean, found.loadings)
-    columns = {
-        "share": found.variances / (found.total_variance or 1.0),
-        "explained_variance": found.variances,
-    }
-    with writer:
+    with store.new_result("pca", name, {}) as writer:
+        began = time.perf_counter()
+        found = principal_components(
+            store, infos, chosen, n_components, scale, budget_bytes=budget_bytes, progress=progress
+        )
+        fitted = time.perf_counter()
+        linear = Linear.narrow(found.column_scales, found.mean, found.loadings)
+        columns = {
+            "share": found.variances / (found.total_variance or 1.0),
+            "explained_variance": found.variances,
+        }
         summary = write_linear(
             writer,
             store,

@@ -101,13 +101,22 @@ def project(
     Raises
     ------
     StoreMismatch
-        If the other store lacks a site of the factors, or has it in another width.
+        If the other store is of another model or tokenizer, or lacks a site of the factors.
     RowNotFound
         If a row does not exist or is not stored.
     BudgetExceeded
         If scores and blocks do not fit the budget.
     """
     store = store or factors.store
+    for what, own, other in (
+        ("weights", factors.store.meta.model.get("weights"), store.meta.model.get("weights")),
+        ("tokenizer", factors.store.meta.tokenizer, store.meta.tokenizer),
+    ):
+        if own != other:
+            raise StoreMismatch(
+                f"{store.path} was captured with other {what} than {factors.store.path}, so its "
+                "activations have no scores in these factors; expected a store of the same model."
+            )
     infos = [_alike(store, info) for info in factors.sites]
     space = infos[0].site.space
     k, width = factors.loadings.shape

@@ -43,6 +43,7 @@ import torch
 from actstore.decompose.engine import Engine
 from actstore.decompose.factors import Factors
 from actstore.decompose.fit import Clock, Fit, Settings
+from actstore.decompose.linear import KINDS
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.nmf import reserved_bytes
 from actstore.decompose.online import Coder
@@ -177,12 +178,18 @@ def stability(
     Raises
     ------
     ArgumentError
-        If an argument cannot be used, or there are too few documents to split.
+        If an argument cannot be used, the factors are not of NMF, or there are too few documents to
+        split.
     BudgetExceeded
         If the loadings of all fits do not fit the budget.
     ResultExists
         If the name is taken.
     """
+    if factors.result.kind in KINDS:
+        raise ArgumentError(
+            f"{factors.name!r} is a result of the kind {factors.result.kind}; stability fits "
+            "non-negative factors again. Give a result of store.nmf (actstore nmf)."
+        )
     seeds, splits = as_count("seeds", seeds, 2), as_count("splits", splits, 1)
     nulls, seed = as_count("nulls", nulls, 1), as_count("seed", seed, 0)
     store, space = factors.store, factors.sites[0].site.space
@@ -198,16 +205,17 @@ def stability(
             "seeds or splits."
         )
     parts, held = split_documents(store, factors.rows, space, splits, seed)
-    writer = store.new_result("stability", name, {})
-    clock = _Clock(progress, splits + nulls + 1)
-    refit = _Refit(factors, budget_bytes, reserved)
-    numbers = range(seed + 1, seed + 1 + seeds)
-    fits = [clock.timed("fits", refit.fit, part, numbers) for part in parts]
-    permuted = [clock.timed("nulls", refit.fit_permuted, parts[0], seed + s) for s in range(nulls)]
-    stacked = [loadings for of_part in fits for loadings in of_part]
-    scores = clock.timed("held-out scores", refit.scores, held, stacked)
-    columns = compare(factors.loadings, fits, permuted, scores)
-    with writer:
+    with store.new_result("stability", name, {}) as writer:
+        clock = _Clock(progress, splits + nulls + 1)
+        refit = _Refit(factors, budget_bytes, reserved)
+        numbers = range(seed + 1, seed + 1 + seeds)
+        fits = [clock.timed("fits", refit.fit, part, numbers) for part in parts]
+        permuted = [
+            clock.timed("nulls", refit.fit_permuted, parts[0], seed + s) for s in range(nulls)
+        ]
+        stacked = [loadings for of_part in fits for loadings in of_part]
+        scores = clock.timed("held-out scores", refit.scores, held, stacked)
+        columns = compare(factors.loadings, fits, permuted, scores)
         of_result = pa.array([factors.name] * k, pa.string())
         table = {"of_result": of_result, "factor": np.arange(k, dtype=np.int32), **columns}
         writer.write_table("factor_stability", pa.table(table))

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import sklearn.decomposition
 
-from actstore.decompose import Factors, cluster_neurons, ica, moments, nmf, pca, project
+from actstore.decompose import (
+    Factors,
+    cluster_neurons,
+    ica,
+    moments,
+    nmf,
+    pca,
+    project,
+    stability,
+)
 from actstore.errors import ArgumentError, BudgetExceeded
 from tests.synthetic import synthetic_store
 
@@ -185,3 +194,9 @@ def test_products_that_do_not_fit_are_refused(tmp_path):
 
     with pytest.raises(BudgetExceeded, match=r"Pass budget="):
         pca(store, None, 2, budget="64MiB")
+
+
+def test_stability_is_of_nmf(store, components):
+    """Principal components are refused before anything is read, with what to give instead."""
+    with pytest.raises(ArgumentError, match=r"of the kind pca; .*store\.nmf"):
+        stability(components)

@@ -1,5 +1,7 @@
 """Projection gives rows of any store the scores that the loadings fit them best with."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -101,3 +103,14 @@ def test_rows_project_as_the_factors_were_made(store, options):
     np.testing.assert_allclose(found, factors.scores(ids), atol=1e-3 * found.max())
     if "active" in options:
         assert (found > 0).sum(1).max() <= 2
+
+
+def test_a_store_of_another_model_is_refused(tmp_path, factors):
+    """Activations of other weights, of the same sites and widths, have no scores in the factors."""
+    values = {str(info.site): np.ones((50, info.width)) for info in factors.sites}
+    other = synthetic_store(tmp_path / "other", values)
+    model = {**other.meta.model, "weights": "other"}
+    other.meta = dataclasses.replace(other.meta, model=model)
+
+    with pytest.raises(StoreMismatch, match="captured with other weights"):
+        project(factors, store=other)
