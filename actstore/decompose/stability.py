@@ -223,6 +223,7 @@ def stability(
         result = writer.finish(
             {
                 "factors": factors.name,
+                "factors_created": factors.summary["created"],
                 "n_components": k,
                 "sites": [str(info.site) for info in factors.sites],
                 "n_rows": factors.rows.n_rows,

@@ -188,8 +188,10 @@ def _stability(store: CoreStore, factors: Factors) -> dict[int, dict[str, Any]]:
     """Return how stable each factor was found to be last, where a result says so."""
     if factors.result.kind != "nmf":
         return {}  # stability is of these; another kind may have a result of the same name
+    # A name may be of other factors by now: deleted, and computed anew.
+    own = (factors.name, factors.summary["created"])
     for result in reversed(store.results("stability")):
-        if result.document["factors"] == factors.name:
+        if (result.document["factors"], result.document["factors_created"]) == own:
             return {int(row["factor"]): row for row in result.table("factor_stability").to_pylist()}
     return {}
 

@@ -548,7 +548,12 @@ def test_stability_and_other_badges_are_shown(
     browser: Browser, store: CoreStore, factors: Factors, tmp_path: Path
 ) -> None:
     """A factor's badges stand beside it with their numbers, those of its own result alone."""
-    for of, stable in ((factors.name, [True, False, True, True]), ("another", [False] * 4)):
+    created = factors.summary["created"]
+    for of, when, stable in (
+        (factors.name, created, [True, False, True, True]),
+        (factors.name, "of factors that had the name before", [False] * 4),
+        ("another", created, [False] * 4),
+    ):
         with store.new_result("stability", None, {}) as writer:
             table = {
                 "factor": list(range(4)),
@@ -559,7 +564,8 @@ def test_stability_and_other_badges_are_shown(
                 "stable": stable,
             }
             writer.write_table("factor_stability", pa.table(table))
-            writer.finish({"factors": of, "n_components": 4, "n_stable": 3})
+            document = {"factors": of, "factors_created": when, "n_components": 4, "n_stable": 3}
+            writer.finish(document)
     browser.viewport(1280, 900)
     browser.open(factor_view(store, factors).to_html(tmp_path / "factors.html"))
     badges = browser.evaluate(
