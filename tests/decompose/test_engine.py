@@ -158,7 +158,7 @@ def test_an_error_in_a_worker_is_its_own(tmp_path, client):
 def test_a_worker_that_does_not_see_the_store_says_so(store, client, tmp_path):
     """The message says what all machines must see."""
     scan = make_scan(store)
-    scan.store = type("Elsewhere", (), {"path": tmp_path / "none"})()
+    scan.store = type("Elsewhere", (), {"path": tmp_path / "none", "meta": store.meta})()
 
     with pytest.raises(StoreNotFound, match=r"the worker on .* does not find the store at .*none"):
         Engine(client).total(scan, Weighted(), list(scan.ordered_ranges()))

@@ -285,6 +285,8 @@ KILLED = """
 import sys
 from actstore.decompose import checkpoint, fit, nmf
 from actstore.store import CoreStore
+import torch
+torch.set_num_threads(1)  # with more, more ranges are under way when it is killed
 fit._WHOLE_ROWS, fit.SAMPLE_ROWS, fit._STEP_ROWS = 600, 1024, 512
 checkpoint._SAVE_SECONDS = 0
 def told(stage, done, of):
