@@ -13,12 +13,13 @@ import fcntl
 import json
 import mmap
 import os
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -35,6 +36,10 @@ ROW_GROUP_ROWS = 1 << 16
 _STREAM_BYTES = 1 << 20
 _BLOCK_BYTES = 4096  # of any disk, or a multiple
 _DIRECT = getattr(os, "O_DIRECT", 0)
+
+# NumPy parses the header of an array as Python, and up to 3.11.7 and 3.12.1 two threads that parse
+# at once may fail with "AST constructor recursion depth mismatch" (CPython issue 106905).
+_HEADERS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -359,6 +364,40 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> FileFacts:
     facts = FileFacts.of(partial)
     publish(partial, path)
     return facts
+
+
+def read_array(path: Path | str, *, mapped: bool = False) -> npt.NDArray[Any]:
+    """Return an array that `write_array` wrote, in memory or mapped; any thread may ask."""
+    with _HEADERS:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array if mapped else np.array(array)
+
+
+class ArraysFile(Mapping[str, npt.NDArray[Any]]):
+    """Named arrays that `write_arrays` wrote, each read when asked for; any thread may ask.
+
+    To be entered, or closed.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._arrays = np.load(path, allow_pickle=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._arrays.close()
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        with _HEADERS:
+            values: npt.NDArray[Any] = self._arrays[name]
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays.files)
+
+    def __len__(self) -> int:
+        return len(self._arrays.files)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> FileFacts:

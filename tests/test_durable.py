@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +212,31 @@ def test_facts_come_back_from_json() -> None:
     """Bytes, crc32c and, of shards, the crc32c of their chunks' checksums."""
     for facts in (FileFacts(1, 2), FileFacts(1, 2, 3)):
         assert FileFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+
+
+def test_one_thread_at_a_time_parses_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some versions of Python fail where two threads parse at once."""
+    durable.write_arrays(tmp_path / "a.npz", {str(i): np.arange(i) for i in range(5)})
+    durable.write_array(tmp_path / "a.npy", np.arange(7))
+    parse, inside, most = ast.literal_eval, [0], [0]
+
+    def watched(text: str) -> object:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(1e-3)
+        inside[0] -= 1
+        return parse(text)
+
+    def read(_: int) -> list[int]:
+        with durable.ArraysFile(tmp_path / "a.npz") as arrays:
+            lengths = [len(arrays[name]) for name in arrays]
+        return [*lengths, len(durable.read_array(tmp_path / "a.npy"))]
+
+    monkeypatch.setattr(ast, "literal_eval", watched)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(read, range(8)))
+
+    assert found == [[0, 1, 2, 3, 4, 7]] * 8
+    assert most == [1]

@@ -39,7 +39,7 @@ from actstore.folds.zones import ZonesState
 from actstore.store import CoreStore, Generation, SiteInfo, generations
 from actstore.store.budget import Progress
 from actstore.store.generations import site_file, space_file
-from actstore.store.segment_writer import PartialReader, drop_partials
+from actstore.store.segment_writer import drop_partials, read_partial
 
 _MOMENTS, _HISTOGRAM = Moments(), Histogram()
 _GROUP_ROWS = 20_000
@@ -144,7 +144,7 @@ def _merge(
             if state not in ("topk", "window_top"):
                 merged[state] = reader.state(info, state)
     for segment in segments:
-        with PartialReader(store, segment, "folds") as partial:
+        with read_partial(store, segment, "folds") as partial:
             for state in states:
                 fold = FOLDS[STATES[state]]
                 merged[state] = fold.merge(merged[state], unpack(partial, info.site, state))

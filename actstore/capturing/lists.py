@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actstore import durable
 from actstore.errors import DamagedFile
 from actstore.folds import FOLDS, Sample, TopK, WindowTop
 from actstore.folds.histogram import HistogramState
@@ -28,7 +29,7 @@ from actstore.folds.zones import ZonesState
 from actstore.site import Site
 from actstore.store import CoreStore, Generation, SiteInfo
 from actstore.store.generations import site_file, space_file
-from actstore.store.segment_writer import PartialReader
+from actstore.store.segment_writer import read_partial
 
 Int64 = npt.NDArray[np.int64]
 
@@ -116,8 +117,7 @@ class GenerationReader:
         return str(self._store.path / full)
 
     def _array(self, name: str) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = np.load(self._path(name), allow_pickle=False)
-        return array
+        return durable.read_array(self._path(name))
 
     def state(self, info: SiteInfo, state: str) -> Any:
         """Return a state of a site; of lists use `lists`, which reads their table once."""
@@ -138,11 +138,9 @@ class GenerationReader:
             values = self._array(site_file(site, "samples", "values.npy"))
             return SAMPLE.from_arrays({"row_ids": self.sampled(site.space), "values": values})
         if state == "gram":
-            with np.load(
-                self._path(site_file(site, "grams", "gram.npz")), allow_pickle=False
-            ) as arrays:
+            with durable.ArraysFile(self._path(site_file(site, "grams", "gram.npz"))) as arrays:
                 return FOLDS["gram"].from_arrays(arrays)
-        with np.load(self._path("moments.npz"), allow_pickle=False) as arrays:
+        with durable.ArraysFile(self._path("moments.npz")) as arrays:
             return unpack(arrays, site, state)
 
     def sampled(self, space: str) -> Int64:
@@ -221,7 +219,7 @@ class RunningLists:
                 self._start()  # another worker's compaction has taken their partials
                 continue
             try:
-                with PartialReader(self._store, unknown[0], "folds") as partial:
+                with read_partial(self._store, unknown[0], "folds") as partial:
                     lists = {
                         site: SiteLists(
                             unpack(partial, site, "topk"),

@@ -17,7 +17,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 
 from actstore import durable
@@ -71,7 +70,7 @@ class Checkpoint:
         """Return the state that was saved last; None if there is none, or it was torn."""
         path = self.folder / "state.npz"
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with durable.ArraysFile(path) as arrays:
                 return dict(arrays)  # each member is checked by its crc32
         except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
             return None

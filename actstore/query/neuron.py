@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from actstore import durable
 from actstore.errors import ArgumentError, QueryError
 from actstore.folds import Gram, Sample
 from actstore.query.database import Database
@@ -110,8 +111,8 @@ class NeuronIndex:
             columns=["side", "row_id", "value", "rank"],
             filters=[("neuron", "=", self.neuron)],
         ).sort_by("rank")
-        row_ids = np.load(self._file("samples", "row_ids.npy"), allow_pickle=False)
-        values = np.load(self._file("samples"), mmap_mode="r", allow_pickle=False)
+        row_ids = durable.read_array(self._file("samples", "row_ids.npy"))
+        values = durable.read_array(self._file("samples"), mapped=True)
         column = np.ascontiguousarray(values[:, self.neuron, None])
         sample = Sample().from_arrays({"row_ids": row_ids, "values": column})
         return Column(
@@ -168,7 +169,7 @@ class NeuronIndex:
 
     def _correlated(self, file: str, k: int) -> Kin:
         self.store.verifier.check({file: self.generation.files[file]})
-        with np.load(self.store.path / file, allow_pickle=False) as arrays:
+        with durable.ArraysFile(self.store.path / file) as arrays:
             state = Gram().from_arrays(dict(arrays))
         deviations = np.sqrt(np.diagonal(state.m2))
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -185,7 +185,7 @@ class CoreStore(Facts):
         with self._lock:
             if name not in self._samples:
                 self.verifier.check({name: self.commit_of(segment).files[name]})
-                offsets = np.load(self.path / name, allow_pickle=False)
+                offsets = durable.read_array(self.path / name)
                 self._samples[name] = offsets.astype(np.int64)
                 if len(self._samples) > _SAMPLES:
                     self._samples.popitem(last=False)

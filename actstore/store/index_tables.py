@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actstore import durable
 from actstore.durable import FileFacts, Verifier
 from actstore.store.generations import Generation, site_file, space_file
 from actstore.store.meta import SiteInfo
@@ -121,14 +122,12 @@ class IndexTables:
             return None
         self._verifier.check({name: generation.files[name]})
         # A copy: the mapping goes with the array it was made for.
-        extremes = np.array(
-            np.load(self._root / name, mmap_mode="r", allow_pickle=False)[neuron], np.float32
-        )
+        extremes = np.array(durable.read_array(self._root / name, mapped=True)[neuron], np.float32)
         with self._lock:
             key = (bands_name, generation.files[bands_name])
             if key not in self._bands:
                 self._verifier.check({bands_name: key[1]})
-                bands = np.load(self._root / bands_name, allow_pickle=False)
+                bands = durable.read_array(self._root / bands_name)
                 self._bands[key] = bands.astype(np.int64)
                 if len(self._bands) > _LOADED_BANDS:
                     self._bands.popitem(last=False)

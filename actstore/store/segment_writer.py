@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -148,29 +148,11 @@ class SegmentWriter:
         return commit
 
 
-class PartialReader(Mapping[str, npt.NDArray[Any]]):
-    """What a committed segment adds to a fold: named arrays, each read when asked for."""
-
-    def __init__(self, store: CoreStore, segment: int, fold: str) -> None:
-        name = f"partials/{fold}/{segment:08d}.npz"
-        store.verifier.check({name: store.commit_of(segment).files[name]})
-        self._arrays = np.load(store.path / name, allow_pickle=False)
-
-    def __enter__(self) -> PartialReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._arrays.close()
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        values: npt.NDArray[Any] = self._arrays[name]
-        return values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays.files)
-
-    def __len__(self) -> int:
-        return len(self._arrays.files)
+def read_partial(store: CoreStore, segment: int, fold: str) -> durable.ArraysFile:
+    """Return what a committed segment adds to a fold: named arrays, each read when asked for."""
+    name = f"partials/{fold}/{segment:08d}.npz"
+    store.verifier.check({name: store.commit_of(segment).files[name]})
+    return durable.ArraysFile(store.path / name)
 
 
 def drop_partials(store: CoreStore, segments: Iterable[int]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from actstore.capturing.lists import GenerationReader
 from actstore.errors import ActstoreError
 from actstore.store import CoreStore
-from actstore.store.segment_writer import PartialReader
+from actstore.store.segment_writer import read_partial
 from tests.captured import Captured, capture
 from tests.toys import TEXT
 
@@ -180,7 +180,7 @@ def test_partials_are_checked(
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
         with pytest.raises(ActstoreError, match=rf"{segment:08d}.npz in .* has changed since"):
-            PartialReader(CoreStore(store.path), segment, "folds")
+            read_partial(CoreStore(store.path), segment, "folds")
 
 
 def test_lists_read_back_from_the_index_are_those_merged(small: Captured) -> None:
