@@ -73,6 +73,7 @@ DOCUMENT_GROUP = 16
 
 _CACHED_GROUPS = 16
 _CACHED_COLUMN_BYTES = 1 << 27
+_CACHED_SOURCES = 4096  # groups of documents
 
 
 class _GroupReader:
@@ -230,6 +231,7 @@ class DocumentTables(_GroupReader):
 
     def __init__(self, verifier: Verifier, root: str) -> None:
         super().__init__(verifier, root, "documents")
+        self._sources: OrderedDict[tuple[int, int], list[str]] = OrderedDict()
 
     def row(self, parts: Sequence[Part], document: int) -> dict[str, object]:
         """Return one document as a dict of its columns.
@@ -245,23 +247,34 @@ class DocumentTables(_GroupReader):
         return row
 
     def sources(self, parts: Sequence[Part], documents: npt.NDArray[np.int64]) -> list[str]:
-        """Return where documents came from, in their order, without reading their texts."""
-        found = [""] * len(documents)
-        by_part: dict[int, list[tuple[int, int]]] = {}
-        for place, document in enumerate(documents.tolist()):
-            part, local = self._place(parts, document)
-            by_part.setdefault(part.part, []).append((local, place))
-        for number, wanted in by_part.items():
+        """Return where documents came from, in their order, without reading their texts.
+
+        The sources of 65,536 documents are kept, those read last.
+        """
+        places = [self._place(parts, document) for document in documents.tolist()]
+        keys = [(part.part, local // DOCUMENT_GROUP) for part, local in places]
+        with self._lock:
+            held = {key: self._sources[key] for key in keys if key in self._sources}
+        missing: dict[int, list[int]] = {}
+        for number, group in sorted(set(keys) - set(held)):
+            missing.setdefault(number, []).append(group)
+        for number, groups in missing.items():
             file = self.file(parts[number])
-            groups = sorted({local // DOCUMENT_GROUP for local, _ in wanted})
             with self._lock:
                 table = file.read_row_groups(groups, columns=["source"], use_threads=False)
+            texts = [str(source) for source in table.column(0).to_pylist()]
             # Of the groups read only the last of the part can be short, and it comes last.
-            first = {group: i * DOCUMENT_GROUP for i, group in enumerate(groups)}
-            rows = [first[local // DOCUMENT_GROUP] + local % DOCUMENT_GROUP for local, _ in wanted]
-            for (_, place), source in zip(wanted, table.column(0).take(rows), strict=True):
-                found[place] = str(source.as_py())
-        return found
+            for i, group in enumerate(groups):
+                held[number, group] = texts[i * DOCUMENT_GROUP : (i + 1) * DOCUMENT_GROUP]
+        with self._lock:
+            for key, of_group in held.items():
+                self._sources[key] = of_group
+                self._sources.move_to_end(key)
+            while len(self._sources) > _CACHED_SOURCES:
+                self._sources.popitem(last=False)
+        return [
+            held[key][local % DOCUMENT_GROUP] for key, (_, local) in zip(keys, places, strict=True)
+        ]
 
     def _place(self, parts: Sequence[Part], document: int) -> tuple[Part, int]:
         """Return the part that holds a document, and its number in it."""
