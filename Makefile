@@ -12,7 +12,7 @@ demo-causal: .venv/.demo-causal
 	.venv/bin/actstore demo --causal
 
 test: .venv/.dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.dev
 	.venv/bin/ruff check

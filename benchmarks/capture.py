@@ -2,7 +2,7 @@
 
 Alternates, in one process: a whole capture, from text to the compacted store (tokenising, hooks,
 folds, shards synced to disk, commits, index), and then the model alone over the batches it ran: no
-hooks, no head, nothing kept.
+hooks, no head, nothing kept.  What ``--dry-run`` says beforehand stands below.
 
 ``--model smollm2``, ``--keep none``: other lines of the ledger.  ``--peers DIR``: against Ecco,
 TransformerLens, nnsight and SAELens instead, each in its own venv below DIR, where
@@ -33,7 +33,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from actstore.capturing import Limits, Settings, run_capture
+from actstore.capturing import Limits, Settings, run_capture, run_estimate
 from actstore.capturing.batches import batches
 from actstore.errors import NotEnoughDisk
 from actstore.models import LanguageModel, load
@@ -92,10 +92,17 @@ def _on_cpu(folder: Path, options: argparse.Namespace) -> None:
         limits=Limits(options.tokens or _DEFAULT_TOKENS[options.model]),
         batch_tokens=options.batch_tokens,
     )
-    rounds = measure(
-        folder, model, installed(*SPEECHES), settings, options.rounds, budget=options.budget
+    corpus = installed(*SPEECHES)
+    estimate = run_estimate(
+        model, corpus, folder / "estimated", settings=settings, budget=options.budget
     )
+    rounds = measure(folder, model, corpus, settings, options.rounds, budget=options.budget)
     _print(options.model, f"keep={options.keep}", rounds, f"{torch.get_num_threads()} threads")
+    seconds, n_bytes = statistics.median(r.capture for r in rounds), rounds[0].n_bytes
+    _CONSOLE.print(
+        f"estimated before it: {estimate.seconds:.1f} s, {estimate.seconds / seconds:.3f} of the "
+        f"median; {estimate.total_bytes / 1e9:.3f} GB, {estimate.total_bytes / n_bytes:.4f} of it"
+    )
 
 
 # -- one model ---------------------------------------------------------------------------------
