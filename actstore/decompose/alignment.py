@@ -4,13 +4,16 @@ Two models, or one before and after tuning, are compared over the tokens that en
 character of the same document: what a model has read by then is the same text, however it cut it.
 Where several tokens end there, since a character took more than one, the last of them counts.
 Documents must be the same, one by one; a text that was cut short is one as far as it goes.
+
+Partners are looked for a stretch of text at a time, as many documents as the budget takes.  What is
+known of all rows is one number each: the rank of the partner.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -19,11 +22,15 @@ import numpy.typing as npt
 
 from actstore.decompose.ranked import RankedRows
 from actstore.decompose.scan import Scan
-from actstore.errors import ArgumentError, NonFiniteActivation
+from actstore.errors import ArgumentError, BudgetExceeded, NonFiniteActivation
 from actstore.site import Site
 from actstore.store import CoreStore, Rows, SiteInfo
 
 Ids = npt.NDArray[np.int64]
+
+_CHARACTER_BITS = 31  # neither documents nor characters reach 2^31
+_PLACE_BYTES = 160  # of a row of either store while its partner is looked for, copies counted
+_LEAST_PLACES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,40 +50,80 @@ class Aligned:
 
 
 def align(
-    store: CoreStore, rows: Rows, other: CoreStore, other_rows: Rows, spaces: tuple[str, str]
+    store: CoreStore,
+    rows: Rows,
+    other: CoreStore,
+    other_rows: Rows,
+    spaces: tuple[str, str],
+    budget_bytes: int,
 ) -> Aligned:
     """Return the rows of two stores that end at the same character of the same document.
 
-    Cost: one pass over texts and token index of both; memory 40 bytes a row.
+    Cost: one pass over texts and token index of both, or several over the index where documents are
+    spread over many segments; memory within the budget, of which 8 bytes a row stay.
 
     Raises
     ------
     ArgumentError
         If documents differ, or no token ends where one of the other store does.
+    BudgetExceeded
+        If what is known of every row does not fit the budget.
     """
+    needed = 16 * rows.n_rows + 9 * other_rows.n_rows + _PLACE_BYTES * _LEAST_PLACES
+    if needed > budget_bytes:
+        raise BudgetExceeded(
+            f"aligning {rows.n_rows:,} rows of {store.path} with {other_rows.n_rows:,} of "
+            f"{other.path} takes {needed:,} bytes, and the budget is {budget_bytes:,}. Pass "
+            f"budget={needed} or more (--budget), or fewer rows= (--rows)."
+        )
     _refuse_other_texts(store, other)
-    ids, keys = _places(store, rows, spaces[0])
-    other_ids, other_keys = _places(other, other_rows, spaces[1])
-    common, at, other_at = np.intersect1d(
-        _as_one(keys), _as_one(other_keys), assume_unique=True, return_indices=True
-    )
-    if not len(common):
+    indexes = _Index(store, rows, spaces[0]), _Index(other, other_rows, spaces[1])
+    most = _LEAST_PLACES + (budget_bytes - needed) // _PLACE_BYTES
+    partner = np.full(rows.n_rows, -1)  # by rank of the first store, the rank in the other
+    is_partner = np.zeros(other_rows.n_rows, np.bool_)
+    has_rows = np.zeros(store.n_documents, np.bool_)
+    for span in itertools.pairwise(_spans(store, indexes, most)):
+        (ranks, places), (other_ranks, other_places) = (index.places(*span) for index in indexes)
+        common, at, other_at = np.intersect1d(
+            places, other_places, assume_unique=True, return_indices=True
+        )
+        partner[ranks[at]] = other_ranks[other_at]
+        is_partner[other_ranks[other_at]] = True
+        has_rows[common >> _CHARACTER_BITS] = True
+    chosen = _chosen(rows, partner >= 0, f"{rows.rule}, aligned with {other.path.name}")
+    if not chosen.n_rows:
         raise ArgumentError(
-            f"other = {other.path} has no row where one of {store.path} ends: {len(ids):,} and "
-            f"{len(other_ids):,} rows ({rows.rule}) of {store.n_documents} documents. Compare "
+            f"other = {other.path} has no row where one of {store.path} ends: {rows.n_rows:,} and "
+            f"{other_rows.n_rows:,} rows ({rows.rule}) of {store.n_documents} documents. Compare "
             "stores over the same corpus, with the same rows kept."
         )
-    by_row = np.argsort(ids[at])
-    at, other_at = at[by_row], other_at[by_row]
-    chosen, partners = ids[at], other_ids[other_at]
-    rule = f"{rows.rule}, aligned with {other.path.name}"
+    partner = partner[partner >= 0]
+    rank = np.cumsum(is_partner) - 1
+    for first in range(0, len(partner), _LEAST_PLACES):  # in place
+        some = slice(first, first + _LEAST_PLACES)
+        partner[some] = rank[partner[some]]
     return Aligned(
-        Rows.from_row_ids(rule, store.meta.segment_rows, chosen),
-        Rows.from_row_ids(rule, other.meta.segment_rows, partners),
-        np.searchsorted(np.sort(partners), partners),
-        len(np.unique(keys[at, 0])),
-        len(chosen) / rows.n_rows,
+        chosen,
+        _chosen(other_rows, is_partner, chosen.rule),
+        partner,
+        int(has_rows.sum()),
+        chosen.n_rows / rows.n_rows,
     )
+
+
+def _chosen(rows: Rows, mask: npt.NDArray[np.bool_], rule: str) -> Rows:
+    """Return some of the rows, given by rank."""
+
+    def masks() -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+        first = 0
+        for segment in rows.segments:
+            offsets = rows.offsets(segment)
+            of_segment = np.zeros(rows.segment_rows, np.bool_)
+            of_segment[offsets[mask[first : first + len(offsets)]]] = True
+            first += len(offsets)
+            yield segment, of_segment
+
+    return Rows.from_masks(rule, rows.segment_rows, masks())
 
 
 def _refuse_other_texts(store: CoreStore, other: CoreStore) -> None:
@@ -91,31 +138,69 @@ def _refuse_other_texts(store: CoreStore, other: CoreStore) -> None:
             )
 
 
-def _places(store: CoreStore, rows: Rows, space: str) -> tuple[Ids, Ids]:
-    """Return row ids, and the document and last character of each; one row a place."""
-    ids, places, order = [], [], []
-    for segment in rows.segments:
-        offsets = rows.offsets(segment)
-        document, end, position = (
-            store.token_column(segment, name, space)[offsets].astype(np.int64)
-            for name in ("document", "char_end", "doc_position")
-        )
-        ids.append(segment * rows.segment_rows + offsets)
-        places.append(np.stack([document, end], 1))
-        order.append(position)
-    row_ids, keys, positions = np.concatenate(ids), np.concatenate(places), np.concatenate(order)
-    # Special tokens end nowhere.
-    ordinary = positions >= 0
-    row_ids, keys, positions = row_ids[ordinary], keys[ordinary], positions[ordinary]
-    by_place = np.lexsort((positions, keys[:, 1], keys[:, 0]))
-    row_ids, keys = row_ids[by_place], keys[by_place]
-    last = np.append((np.diff(keys, axis=0) != 0).any(1), True)[: len(keys)]
-    return row_ids[last], keys[last]
+class _Index:
+    """The places of some rows of a store, a part of them at a time.
+
+    A place is document and last character in one number.
+    """
+
+    def __init__(self, store: CoreStore, rows: Rows, space: str) -> None:
+        self._store, self._rows, self._space = store, rows, space
+        self.counts: Ids = np.zeros(store.n_documents, np.int64)
+        """Rows of each document."""
+        self._first_ranks: Ids = np.zeros(len(rows.segments) + 1, np.int64)
+        self._documents: list[tuple[int, int]] = []  # the first and last of each segment
+        for number, segment in enumerate(rows.segments):
+            offsets = rows.offsets(segment)
+            document = store.token_column(segment, "document", space)[offsets]
+            self.counts += np.bincount(document, minlength=len(self.counts))
+            self._documents.append((int(document.min()), int(document.max())))
+            self._first_ranks[number + 1] = self._first_ranks[number] + len(offsets)
+
+    def places(self, first: int, stop: int) -> tuple[Ids, Ids]:
+        """Return ranks and places of the rows from one place to before another, one row a place."""
+        ranks, places, order = ([np.empty(0, np.int64)] for _ in range(3))
+        for number, segment in enumerate(self._rows.segments):
+            low, high = self._documents[number]
+            if low > stop >> _CHARACTER_BITS or high < first >> _CHARACTER_BITS:
+                continue
+            offsets = self._rows.offsets(segment)
+            document, end, position = (
+                self._store.token_column(segment, name, self._space)[offsets].astype(np.int64)
+                for name in ("document", "char_end", "doc_position")
+            )
+            place = (document << _CHARACTER_BITS) + end
+            # Special tokens end nowhere.
+            (here,) = np.nonzero((position >= 0) & (first <= place) & (place < stop))
+            ranks.append(self._first_ranks[number] + here)
+            places.append(place[here])
+            order.append(position[here])
+        rank, place = np.concatenate(ranks), np.concatenate(places)
+        by_place = np.lexsort((np.concatenate(order), place))
+        rank, place = rank[by_place], place[by_place]
+        last = np.append(np.diff(place) != 0, True)[: len(place)]
+        return rank[last], place[last]
 
 
-def _as_one(keys: Ids) -> Ids:
-    """Return document and character as one number: neither reaches 2^31."""
-    return (keys[:, 0] << 31) + keys[:, 1]
+def _spans(store: CoreStore, indexes: Sequence[_Index], most: int) -> list[int]:
+    """Return places, ascending, between which there are about so many rows at most.
+
+    A document with more rows is cut into stretches of as many characters each.
+    """
+    counts = np.zeros(max(len(index.counts) for index in indexes), np.int64)
+    for index in indexes:
+        counts[: len(index.counts)] += index.counts
+    edges, held = [0], 0
+    for document in np.flatnonzero(counts).tolist():
+        n_rows = int(counts[document])
+        held += n_rows
+        if held > most:
+            n_parts = -(-n_rows // most)
+            n_characters = len(str(store.document(document)["text"])) if n_parts > 1 else 0
+            starts = (n_characters * part // n_parts for part in range(n_parts))
+            edges += [(document << _CHARACTER_BITS) + start for start in starts]
+            held = -(-n_rows // n_parts)
+    return [*edges, len(counts) << _CHARACTER_BITS]
 
 
 class PairedScan(Scan):

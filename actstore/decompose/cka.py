@@ -116,6 +116,11 @@ class Deck:
         """Decks there are; a deck is `run_rows` batches."""
         return self.n_runs // self.batch_rows
 
+    @property
+    def n_batches(self) -> int:
+        """Batches there are; an estimate takes two."""
+        return self.n_decks * self.run_rows
+
     def ranges(self, limit: int) -> Iterator[Range]:
         """Yield up to so many decks, each as its batches: every row once if all are dealt."""
         rng = np.random.default_rng([self.seed, _SEED])
@@ -244,7 +249,7 @@ def estimate(
     deck = Deck(scan.n_rows, batch_rows, seed)
     per_deck = deck.run_rows
     n_decks = min(deck.n_decks, -(-max_batches // per_deck))
-    if n_decks * per_deck < 2:
+    if deck.n_batches < 2:
         smaller = f"a smaller batch_rows (down to {MIN_BATCH_ROWS}), "
         raise ArgumentError(
             f"batch_rows = {batch_rows} is too many for {scan.n_rows:,} rows ({scan.ranked.rule}) "

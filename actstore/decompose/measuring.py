@@ -18,6 +18,7 @@ from actstore.decompose.cka import (
     MIN_BATCH_ROWS,
     MIN_BATCHES,
     MIN_DOCUMENTS,
+    Deck,
     Estimate,
     channel_shares,
     estimate,
@@ -230,11 +231,10 @@ class _Run:
             exact = cka_exact.from_kernels(scan, self.frame, self.engine)
         else:
             exact = cka_exact.from_tiles(self._tiles(free), len(self._spans))
-        try:
+        text, said = np.full(exact.value.shape, math.nan), "not given: too few rows"
+        if Deck(n_rows, self.batch_rows, self.settings.seed).n_batches >= 2:
             batches = self._batches(MIN_BATCHES, math.inf)
             text, said = batches.text_half_width, _text_interval(batches)
-        except ArgumentError:  # too few rows for two batches
-            text, said = np.full(exact.value.shape, math.nan), "not given: too few rows"
         shares = channel_shares(
             np.concatenate(exact.variances), [slice(s.start, s.stop) for s in self._spans]
         )
@@ -277,7 +277,8 @@ class _Run:
         blocks = 2 * n_rows * (4 * sum(widths) + 2 * self.scan.ranked.row_bytes)
         # The directions of all sites, and a decomposition of the widest.
         small = 8 * (sum(w * w for w in widths) + 8 * max(widths) ** 2)
-        return self.subject.budget_bytes - blocks - small - _OVERHEAD_BYTES
+        held = self.subject.held_bytes + _OVERHEAD_BYTES
+        return self.subject.budget_bytes - blocks - small - held
 
     def _tiles(self, free_bytes: int) -> Iterable[Tile]:
         def tell(done: int, n_all: int) -> None:

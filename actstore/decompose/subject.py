@@ -63,7 +63,7 @@ class Subject:
         chosen = chosen_rows(store, rows, own)
         of_other = chosen_rows(other, "all" if rows == "all" else "content", others)
         spaces = own[0].site.space, others[0].site.space
-        aligned = align(store, chosen, other, of_other, spaces)
+        aligned = align(store, chosen, other, of_other, spaces, budget_bytes)
         return cls(store, own, aligned.rows, other, others, aligned, budget_bytes, seed)
 
     @property
@@ -75,6 +75,11 @@ class Subject:
     def widths(self) -> list[int]:
         """Columns of each."""
         return [info.width for info in self.infos]
+
+    @property
+    def held_bytes(self) -> int:
+        """What the order of the other store's rows takes of the budget."""
+        return self.aligned.order.nbytes if self.aligned else 0
 
     def label(self, site: int) -> str:
         """Return the name of a site."""
@@ -102,7 +107,7 @@ class Subject:
         others = [self.others[i - len(self.own)] for i in numbers if i >= len(self.own)]
         options: dict[str, Any] = {
             "budget_bytes": self.budget_bytes,
-            "reserved_bytes": reserved_bytes,
+            "reserved_bytes": reserved_bytes + self.held_bytes,
             "seed": self.seed,
         }
         if self.other is None or self.aligned is None or not others:

@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
-from actstore.decompose import similarity
+from actstore.decompose import alignment, similarity
 from actstore.decompose.alignment import align
 from actstore.decompose.engine import Engine
-from actstore.errors import ArgumentError, NonFiniteActivation, SiteNotFound, StoreNotFound
+from actstore.errors import (
+    ArgumentError,
+    BudgetExceeded,
+    NonFiniteActivation,
+    SiteNotFound,
+    StoreNotFound,
+)
 from tests.captured import DOCUMENTS as TEXTS
 from tests.captured import capture
 from tests.decompose import references
@@ -39,9 +45,9 @@ def pair(tmp_path_factory):
     return two_stores(tmp_path_factory.mktemp("pair"), theirs)
 
 
-def by_place(store, site):
+def by_place(store, site, rule="content"):
     """Return the values of a site by document and last character."""
-    ids = store.rows().row_ids()
+    ids = store.rows(rule).row_ids()
     tokens = store.tokens_of(ids)
     keys = zip(tokens["document"].to_pylist(), tokens["char_end"].to_pylist(), strict=True)
     return dict(zip(keys, store[site][ids].astype(np.float64), strict=True))
@@ -81,7 +87,7 @@ def test_tokenizers_may_differ(toy_bert, toy_gpt2, tmp_path):
     a = capture(toy_bert, TEXTS, tmp_path / "a").store
     b = capture(toy_gpt2, TEXTS, tmp_path / "b").store
 
-    aligned = align(a, a.rows(), b, b.rows(), ("", ""))
+    aligned = align(a, a.rows(), b, b.rows(), ("", ""), 2**28)
 
     ids, other_ids = aligned.rows.row_ids(), aligned.other_rows.row_ids()[aligned.order]
     assert len(ids) == len(other_ids) > 50
@@ -89,6 +95,37 @@ def test_tokenizers_may_differ(toy_bert, toy_gpt2, tmp_path):
     assert mine["document"].equals(theirs["document"])
     assert mine["char_end"].equals(theirs["char_end"])
     assert similarity(a, "resid_post", other=b, measure="cka", batch_rows=8).matrix.shape == (3, 2)
+
+
+@pytest.mark.parametrize("least", [7, 40, 160, 3000])
+def test_parts_of_the_text_give_the_same(pair, monkeypatch, least):
+    """Looked for a few rows at a time, single documents cut too, partners are those of places."""
+    a, b = pair
+    monkeypatch.setattr(alignment, "_LEAST_PLACES", least)
+    rows, other_rows = a.rows("all"), b.rows()
+    needed = 16 * rows.n_rows + 9 * other_rows.n_rows + 160 * least
+    sizes = []
+    places = alignment._Index.places
+    monkeypatch.setattr(
+        alignment._Index,
+        "places",
+        lambda *args: sizes.append(len((found := places(*args))[0])) or found,
+    )
+    aligned = align(a, rows, b, other_rows, ("", ""), needed)
+
+    ids, other_ids = aligned.rows.row_ids(), aligned.other_rows.row_ids()[aligned.order]
+    mine, theirs = (
+        list(zip(t["document"].to_pylist(), t["char_end"].to_pylist(), strict=True))
+        for t in (a.tokens_of(ids), b.tokens_of(other_ids))
+    )
+    assert mine == theirs
+    assert set(mine) == by_place(a, "mlp_post.0", "all").keys() & by_place(b, "mlp_post.0").keys()
+    assert aligned.n_documents == len(DOCUMENTS)
+    assert aligned.share == len(ids) / rows.n_rows
+    assert max(sizes) <= least + 1  # words of one document are of unlike length
+    assert np.ptp(np.diff(ids)) > 0  # rows of the first store rise, those of the other need not
+    with pytest.raises(BudgetExceeded, match=rf"takes {needed:,} bytes, .*budget={needed} or more"):
+        align(a, rows, b, other_rows, ("", ""), needed - 1)
 
 
 def test_other_documents_are_refused(pair, tmp_path):

@@ -264,6 +264,27 @@ def test_too_few_rows_for_exact_cka_are_refused(tmp_path):
         similarity(store, None, method="exact")
 
 
+def test_exact_cka_of_few_rows_says_nothing_of_other_texts(tmp_path):
+    """Rows that do not fill two batches have a value, and no interval for text like this."""
+    store = synthetic_store(tmp_path / "store", drifting(14, [3, 3]))
+    found = similarity(store, None, method="exact")
+
+    assert np.isfinite(found.matrix).all()
+    assert np.isnan(found.text_low).all()
+    assert found.summary["intervals"]["text"] == "not given: too few rows"
+
+
+def test_lost_workers_are_not_too_few_rows(store, monkeypatch):
+    """An error of the batches reaches the caller of exact CKA, whatever its kind."""
+
+    def lost(*_, **__):
+        raise ArgumentError("the workers are gone")
+
+    monkeypatch.setattr(measuring, "estimate", lost)
+    with pytest.raises(ArgumentError, match="workers are gone"):
+        similarity(store, None, method="exact")
+
+
 # -- nulls ---------------------------------------------------------------------------------------
 
 
