@@ -38,6 +38,7 @@ class Decompositions(Questions):
         seed: int | Sequence[int] = 0,
         passes: int | None = None,
         tolerance: float | None = None,
+        max_passes: int = 100,
         start: npt.ArrayLike | None = None,
         bound: str | None = None,
         workers: int | None = None,
@@ -77,6 +78,7 @@ class Decompositions(Questions):
                 seed=seed,
                 passes=1 if passes is None else as_count("passes", passes, 0),
                 tolerance=tolerance,
+                max_passes=max_passes,
                 start=start,
                 bound=bound,
                 engine=engine,
@@ -179,7 +181,7 @@ class Decompositions(Questions):
         """
         from actstore.view import Factors
 
-        return Factors(self, self.result(kind, name))
+        return Factors.open(self, name, kind)
 
     def similarity(
         self,
@@ -194,6 +196,8 @@ class Decompositions(Questions):
         variant: str = "paper",
         share: float | None = None,
         principal: float = 0.99,
+        batch_rows: int | None = None,
+        max_batches: int = 4096,
         seed: int = 0,
         name: str | None = None,
         budget: int | str | None = None,
@@ -230,6 +234,8 @@ class Decompositions(Questions):
                 variant=variant,
                 share=share,
                 principal=principal,
+                batch_rows=batch_rows,
+                max_batches=max_batches,
                 seed=as_count("seed", seed, 0),
                 name=name,
                 budget=parse_budget(budget),
@@ -248,7 +254,7 @@ class Decompositions(Questions):
         """
         from actstore.view import Similarity
 
-        return Similarity(self, self.result("similarity", name))
+        return Similarity.open(self, name)
 
     def loader(
         self,

@@ -31,7 +31,6 @@ from actstore.capturing.run import (
     check_disk,
     check_path,
     new_meta,
-    shard_bytes,
 )
 from actstore.capturing.sampled import sampled_bytes
 from actstore.capturing.worker import Timing, Worker, list_bytes
@@ -236,7 +235,7 @@ class _Segments:
             if is_sample(info.keep):
                 stored = [math.ceil(n * info.keep) for n in self.content]
             layout = self.meta.layout(info)
-            found[str(info.site)] = sum(shard_bytes(layout, n) for n in stored if n)
+            found[str(info.site)] = sum(layout.file_bytes(n) for n in stored if n)
         return found
 
 

@@ -33,7 +33,6 @@ from actstore.capturing.read_ahead import ReadAhead
 from actstore.capturing.worker import OnFault, Timing, affordable_bands, list_bytes
 from actstore.errors import ArgumentError, CorpusError, NotEnoughDisk, StoreMismatch, StoreNotFound
 from actstore.models import LanguageModel, load
-from actstore.shard import ShardLayout
 from actstore.site import Site, select, summarize
 from actstore.store import CoreStore, SiteInfo, StoreMeta, is_vacant
 from actstore.store.budget import Progress, parse_budget
@@ -304,24 +303,18 @@ def bytes_needed(store: CoreStore, segments: Iterable[int]) -> int:
     layouts = [(info.keep, store.layout(info)) for info in store.meta.kept_sites]
     for segment in segments:
         rows = sum(store.planned[segment].rows.values())
-        total += sum(shard_bytes(layout, math.ceil(rows * keep)) for keep, layout in layouts)
+        total += sum(layout.file_bytes(math.ceil(rows * keep)) for keep, layout in layouts)
     return total
-
-
-def shard_bytes(layout: ShardLayout, rows: int) -> int:
-    """Return the bytes of a shard that holds some rows: whole bands and the index."""
-    return -(-rows // layout.chunk_rows) * layout.band_bytes + layout.index_bytes
 
 
 def check_disk(store: CoreStore, needed: int) -> None:
     """Raise `NotEnoughDisk` if the store's disk cannot hold so many bytes more."""
-    free = store.free_bytes()
-    if needed > free:
-        raise NotEnoughDisk(
-            f"capturing into {store.path} needs {needed:,} bytes and {free:,} are free there. "
-            "Free some and run the same capture again; or delete that folder, and name one on "
-            "another disk, or give fewer sites= (--sites) or max_tokens= (--max-tokens)."
-        )
+    store.check_disk(
+        needed,
+        "capturing into",
+        "Free some and run the same capture again; or delete that folder, and name one on another "
+        "disk, or give fewer sites= (--sites) or max_tokens= (--max-tokens).",
+    )
 
 
 def open_or_create(

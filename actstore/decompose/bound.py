@@ -103,7 +103,7 @@ def exact_bounds(
     total = float(sums["energy"])
     most = min(max(n_components), scan.width)
     values = scipy.linalg.eigvalsh(
-        sums["gram"].numpy().astype(np.float64),
+        sums["gram"].numpy().astype(np.float64).T,  # column by column: LAPACK copies others
         subset_by_index=[scan.width - most, scan.width - 1],
         overwrite_a=True,
         check_finite=False,

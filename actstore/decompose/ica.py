@@ -75,6 +75,8 @@ def ica(
         If an argument cannot be used, or the rows have fewer dimensions than `n_components`.
     BudgetExceeded
         If the products do not fit the budget.
+    NotEnoughDisk
+        If the store's disk cannot hold the scores.
 
     See Also
     --------

@@ -46,6 +46,7 @@ from actstore.decompose.write_factors import (
     LOADING_BYTES,
     LOADINGS_AT_ONCE,
     Found,
+    check_disk,
     write_factors,
 )
 from actstore.errors import ActstoreError, ArgumentError, BudgetExceeded, DamagedFile
@@ -147,6 +148,8 @@ def nmf(
         If the store does not have a site.
     BudgetExceeded
         If the smallest blocks and the factors do not fit the budget.
+    NotEnoughDisk
+        If the store's disk cannot hold the scores.
     NonFiniteActivation
         If a chosen row holds NaN or infinity.
     ResultExists
@@ -195,6 +198,8 @@ def nmf(
             entered.enter_context(writer)
         key = _key(store, infos, chosen, settings, begin)
         checkpoint = entered.enter_context(Checkpoint(store.path, key))
+        written = sum(path.stat().st_size for path in checkpoint.folder.glob("scores-*"))
+        check_disk(store, infos, chosen, [k for k, _ in settings.fits], written_bytes=written)
         try:
             fit = Fit(scan, settings, engine, checkpoint, clock, begin)
             found = fit.run()

@@ -27,6 +27,7 @@ from actstore.decompose.factors import Factors
 from actstore.decompose.linear import Linear, turned, write_linear
 from actstore.decompose.moments import Products, block_rows, frame_of
 from actstore.decompose.scan import Scan, chosen_rows
+from actstore.decompose.write_factors import check_disk
 from actstore.errors import ArgumentError
 from actstore.site import Site, summarize
 from actstore.store import CoreStore, Rows, SiteInfo
@@ -108,6 +109,8 @@ def pca(
         If an argument cannot be used, or the sites are too wide.
     BudgetExceeded
         If the products do not fit the budget.
+    NotEnoughDisk
+        If the store's disk cannot hold the scores.
 
     See Also
     --------
@@ -180,6 +183,7 @@ def checked(
             f"n_components = {n_components} cannot be used; expected 1 … {limit:,} for {width:,} "
             f"neurons and {chosen.n_rows:,} rows ({chosen.rule}) of {store.path}."
         )
+    check_disk(store, infos, chosen, [n_components])
     return infos, chosen
 
 
@@ -230,8 +234,9 @@ def principal_components(
     moments *= column_scales
     moments *= column_scales[:, None]
     total = float(np.trace(moments)) / max(1, n - 1)
+    # Turned, which changes nothing of it: LAPACK copies what does not stand column by column.
     values, vectors = scipy.linalg.eigh(
-        moments,
+        moments.T,
         subset_by_index=(width - n_components, width - 1),
         overwrite_a=True,
         check_finite=False,

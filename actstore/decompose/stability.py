@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,17 +82,6 @@ class Stability:
         self.store = store
         self.result = result
         _ = result.document  # read now: its folder may be replaced by another of the name
-
-    @classmethod
-    def open(cls, store: CoreStore, name: str | None = None) -> Self:
-        """Open a result by name; without one, the newest.
-
-        Raises
-        ------
-        ResultNotFound
-            If the store has none.
-        """
-        return cls(store, store.result("stability", name))
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from actstore.decompose.profiles import EARLY_POSITIONS, Groups, Profiles
 from actstore.decompose.score_folds import ScoreFolds, factor_bytes
 from actstore.store import CoreStore, ResultWriter, Rows, SiteInfo
+from actstore.store.results import rows_layout
 
 Ids = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
@@ -28,6 +29,8 @@ LOADINGS_AT_ONCE = 2**18
 
 LOADING_BYTES = 80
 """What one of them takes."""
+
+_LOADING_FILE_BYTES = 32  # a loading: in array and long table, and in the state of a fit
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,52 @@ class Found:
     """How the energy of each factor is spread over the sites, ``(k, n_sites)``."""
     one_sided: bool = True
     """Whether no score is below zero."""
+
+
+def check_disk(
+    store: CoreStore,
+    infos: Sequence[SiteInfo],
+    rows: Rows,
+    ks: Sequence[int],
+    *,
+    written_bytes: int = 0,
+) -> None:
+    """Refuse factorisations that the store's disk cannot hold, before anything is read for them.
+
+    Scores lie there twice: as they come, and in the result.
+
+    Parameters
+    ----------
+    store : CoreStore
+        The store.
+    infos : sequence of SiteInfo
+        The sites.
+    rows : Rows
+        The rows that get scores.
+    ks : sequence of int
+        The number of factors of each factorisation.
+    written_bytes : int, default 0
+        What of it is written already.
+
+    Raises
+    ------
+    NotEnoughDisk
+        If it cannot.
+    """
+    least = min(infos, key=lambda info: info.keep)
+    counts = [len(store.stored_offsets(least, segment)) for segment in store.committed]
+    width = sum(info.width for info in infos)
+    needed = -written_bytes
+    for k in ks:
+        layout = rows_layout(k, "float32", store.meta.layout(least).rows)
+        needed += 4 * k * rows.n_rows + sum(map(layout.file_bytes, counts))
+        needed += _LOADING_FILE_BYTES * k * width
+    store.check_disk(
+        needed,
+        f"factorising {rows.n_rows:,} rows into {sum(ks):,} factors in",
+        "Free some and run the same again, or give fewer n_components= (--components) or rows= "
+        "(--rows).",
+    )
 
 
 def write_factors(writer: ResultWriter, store: CoreStore, found: Found, budget_bytes: int) -> None:

@@ -135,6 +135,10 @@ class ShardLayout:
         """Bytes of the index at the end of the file, its checksum included."""
         return 16 * self.n_row_chunks * self.n_column_chunks + CHECKSUM_BYTES
 
+    def file_bytes(self, rows: int) -> int:
+        """Return the bytes of a shard that holds some rows: whole bands and the index."""
+        return -(-rows // self.chunk_rows) * self.band_bytes + self.index_bytes
+
     def zarr_metadata(
         self,
         n_shards: int,

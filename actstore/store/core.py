@@ -26,6 +26,7 @@ from actstore.errors import (
     DamagedFile,
     FormatError,
     NeuronNotFound,
+    NotEnoughDisk,
     ResultNotFound,
     RowNotFound,
     SiteNotFound,
@@ -537,3 +538,17 @@ class CoreStore(Facts):
     def free_bytes(self) -> int:
         """Return the bytes free on the store's disk."""
         return shutil.disk_usage(self.path).free
+
+    def check_disk(self, n_bytes: int, what: str, remedy: str) -> None:
+        """Refuse to write what the store's disk cannot hold, before it is computed.
+
+        Raises
+        ------
+        NotEnoughDisk
+            If so many bytes are not free.
+        """
+        free = self.free_bytes()
+        if n_bytes > free:
+            raise NotEnoughDisk(
+                f"{what} {self.path} needs {n_bytes:,} bytes and {free:,} are free there. {remedy}"
+            )

@@ -108,8 +108,7 @@ class ResultWriter:
 
     def rows_array(self, name: str, width: int, dtype: str, segment_rows: int) -> RowsArray:
         """Return a writer of values at rows: a Zarr array with one shard for each segment."""
-        layout = ShardLayout.for_width(width, segment_rows, dtype, min(4096, segment_rows))
-        return RowsArray(self._folder / name, layout)
+        return RowsArray(self._folder / name, rows_layout(width, dtype, segment_rows))
 
     def add_rows_array(self, name: str, array: RowsArray, n_segments: int) -> None:
         """Take a finished array of values at rows into the result."""
@@ -146,6 +145,11 @@ class ResultWriter:
             ) from error
         durable.sync_folder(self._final.parent)
         return Result(self._root, self.kind, self.name)
+
+
+def rows_layout(width: int, dtype: str, segment_rows: int) -> ShardLayout:
+    """Return how values at rows are laid out."""
+    return ShardLayout.for_width(width, segment_rows, dtype, min(4096, segment_rows))
 
 
 def _free_name(root: Path, kind: str) -> str:

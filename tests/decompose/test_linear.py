@@ -1,7 +1,11 @@
 """PCA and ICA out of core equal scikit-learn's in memory; clusters find neurons of one kind."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
+import scipy.linalg
 import sklearn.decomposition
 
 from actstore.decompose import (
@@ -14,7 +18,8 @@ from actstore.decompose import (
     project,
     stability,
 )
-from actstore.errors import ArgumentError, BudgetExceeded
+from actstore.decompose.ranked import RankedRows
+from actstore.errors import ArgumentError, BudgetExceeded, NotEnoughDisk
 from tests.synthetic import synthetic_store
 
 K = 5
@@ -78,6 +83,22 @@ def test_the_mean_of_all_rows_is_taken_off(store, components, monkeypatch):
     np.testing.assert_allclose(found.loadings, components.loadings, atol=1e-6)
     variances = [f.df().explained_variance for f in (found, components)]
     np.testing.assert_allclose(*variances, rtol=1e-6)
+
+
+def test_the_products_are_not_copied(store, monkeypatch):
+    """Eigenvectors are found where the products stand: a copy would take 16 bytes a pair."""
+    eigh, seen = scipy.linalg.eigh, []
+
+    def watched(matrix, **options):
+        seen.append(matrix)
+        before = matrix.copy()
+        found = eigh(matrix, **options)
+        assert not np.array_equal(matrix, before)  # written over
+        return found
+
+    monkeypatch.setattr(scipy.linalg, "eigh", watched)
+    pca(store, None, K, name="watched")
+    assert [matrix.shape for matrix in seen] == [(72, 72)]
 
 
 def test_the_largest_loading_is_positive(components):
@@ -194,6 +215,28 @@ def test_products_that_do_not_fit_are_refused(tmp_path):
 
     with pytest.raises(BudgetExceeded, match=r"Pass budget="):
         pca(store, None, 2, budget="64MiB")
+
+
+@pytest.mark.parametrize("method", [nmf, pca, ica])
+def test_a_disk_that_cannot_hold_the_scores_is_refused(store, monkeypatch, method):
+    """The message names the bytes, nothing is read, and what is named is what is written."""
+    before = [r.name for r in store.results()]
+    usage = shutil.disk_usage(store.path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12_345))
+    with monkeypatch.context() as reading:
+        reading.setattr(RankedRows, "read", None)
+        with pytest.raises(
+            NotEnoughDisk, match=r"12,345 are free there\. .*n_components="
+        ) as raised:
+            method(store, None, 2)
+    assert [r.name for r in store.results()] == before
+    needed = int(re.search(r"needs ([\d,]+) bytes", str(raised.value))[1].replace(",", ""))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    made = method(store, None, 2, name="fits")
+
+    scores = [made.result.path / n for n in made.result.files if n.startswith("scores/c/")]
+    twice = sum(path.stat().st_size for path in scores) + 4 * 2 * store.rows().n_rows
+    assert needed == twice + 32 * 2 * sum(WIDTHS.values())
 
 
 def test_stability_is_of_nmf(store, components):

@@ -70,7 +70,7 @@ def test_the_result_reopens_and_is_a_view(store, found):
     """What was computed is read again, and joins with its factors in SQL."""
     from actstore.query import Database
 
-    reopened = Stability.open(store)
+    reopened = Stability(store, store.result("stability", "first"))
     assert reopened.to_arrow().equals(found.to_arrow())
     assert reopened.summary["seconds"].keys() == {"fits", "nulls", "held-out scores"}
     rows = Database(store).sql(
