@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from actstore.decompose.in_process import Here, Sums, Work
-from actstore.decompose.on_dask import OnDask
+from actstore.decompose.on_dask import SUMS_OF_WORKER, OnDask
 from actstore.decompose.scan import AS_FLOAT32, Form, Range, Scan
 from actstore.errors import ArgumentError, BudgetExceeded
 from actstore.workers import Connection, Where
@@ -121,6 +121,11 @@ class Engine:
     def is_local(self) -> bool:
         """Whether this process does the work."""
         return self._given is None and self._connection is None
+
+    @property
+    def n_sums(self) -> int:
+        """How many sums a process holds at a time of `MOST_RANGES` ranges; here, of one range."""
+        return 1 if self.is_local else SUMS_OF_WORKER
 
     def n_at_once(self, here: int) -> int:
         """Return how many ranges are worked on at a time; in this process `here`."""

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from actstore.decompose.engine import Engine, Sums
+from actstore.decompose.on_dask import MOST_RANGES
 from actstore.decompose.scan import Block, Scan
 from actstore.errors import BudgetExceeded
 
@@ -237,7 +238,7 @@ def tiles(
     """Yield the moments of all pairs of sites, tile by tile: those within a group come first.
 
     Cost: ``rows x width**2`` multiplications for all pairs, and a pass over the sites of each tile;
-    memory 8 bytes for every product of a tile and 4 for the largest part of it.
+    memory 8 bytes for every product of a tile, on workers 48, and 4 for the largest part of it.
 
     Parameters
     ----------
@@ -259,7 +260,7 @@ def tiles(
     BudgetExceeded
         If the widest pair of sites does not fit.
     """
-    groups = _groups(widths, free_bytes)
+    groups = _groups(widths, free_bytes, engine.n_sums)
     passes = _meetings(groups)
     done = 0
     for rows, columns in passes:
@@ -278,10 +279,14 @@ def tiles(
             torch.cat([frame.variance for frame in chosen]),
             torch.cat(scales) if scales else None,
         )
-        scan = make_scan(sites, _bytes_between(widths, rows, columns))
-        ranges = list(scan.ordered_ranges(block_rows(scan.width)))
-        if engine.is_local:  # one range has one sum; a tree would hold several
-            ranges = [list(itertools.chain.from_iterable(ranges))]
+        scan = make_scan(sites, _bytes_between(widths, rows, columns, engine.n_sums))
+        segments = list(scan.ordered_ranges(block_rows(scan.width)))
+        # One range has one sum; a tree would hold several.
+        size = -(-len(segments) // (1 if engine.is_local else MOST_RANGES))
+        ranges = [
+            list(itertools.chain.from_iterable(segments[first : first + size]))
+            for first in range(0, len(segments), size)
+        ]
 
         def tell(n_rows: int, before: int = done, n_all: int = len(passes) * scan.n_rows) -> None:
             if progress:
@@ -299,16 +304,16 @@ def _meetings(groups: Sequence[list[int]]) -> list[tuple[list[int], list[int]]]:
     return [(group, group) for group in groups] + [*itertools.combinations(groups, 2)]
 
 
-def _bytes_between(widths: Sequence[int], rows: list[int], columns: list[int]) -> int:
+def _bytes_between(widths: Sequence[int], rows: list[int], columns: list[int], n_sums: int) -> int:
     """Return what the products of two groups take: their sums, and the largest of a block."""
     wide, across = (sum(widths[site] for site in group) for group in (rows, columns))
     if rows != columns:
-        return 12 * wide * across
+        return (8 * n_sums + 4) * wide * across
     own = [widths[site] for site in rows]
-    return 4 * (wide**2 + sum(w**2 for w in own)) + 4 * max(own) * wide
+    return 4 * n_sums * (wide**2 + sum(w**2 for w in own)) + 4 * max(own) * wide
 
 
-def _groups(widths: Sequence[int], free_bytes: int) -> list[list[int]]:
+def _groups(widths: Sequence[int], free_bytes: int, n_sums: int) -> list[list[int]]:
     """Return the sites in as few groups as fit when two of them meet."""
     for n_groups in range(1, len(widths) + 1):
         # As even as whole sites allow.
@@ -319,7 +324,7 @@ def _groups(widths: Sequence[int], free_bytes: int) -> list[list[int]]:
             groups[min(int((before + width / 2) / target), n_groups - 1)].append(site)
             before += width
         groups = [group for group in groups if group]
-        needed = max(_bytes_between(widths, *pair) for pair in _meetings(groups))
+        needed = max(_bytes_between(widths, *pair, n_sums) for pair in _meetings(groups))
         if needed <= free_bytes:
             return groups
     raise BudgetExceeded(

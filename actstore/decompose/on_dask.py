@@ -26,6 +26,14 @@ from actstore.decompose.scan import Form, Ids, Range, Scan
 from actstore.errors import ActstoreError, ArgumentError, BudgetExceeded, StoreNotFound
 from actstore.store import CoreStore, Rows
 
+MOST_RANGES = 32
+"""Ranges of a total whose sums take much of the budget."""
+
+SUMS_OF_WORKER = 6
+"""Sums a worker holds at a time where there is no room for more than is reserved: a task with all
+32 ranges those of 16, 8, 4, 2 and 1 of them and of the next; one that adds two, these, what they
+are unpacked to, and what their sum is packed to; and what it did before."""
+
 _TASKS_PER_WORKER = 4
 _RETRIES = 2
 _POLL_SECONDS = 1
@@ -106,8 +114,12 @@ class OnDask:
     def _run(self, work: Work, ranges: Sequence[Range]) -> list[bytes]:
         client = self._client
         order = asdict(self._order)
+        # What was reserved holds sums: so many times as many are at one place as the budget takes.
+        spare = max(1, self._order.budget_bytes // max(1, self._order.reserved_bytes))
+        n_tasks = min(_TASKS_PER_WORKER, spare) * self._n_workers
+        fan_in = max(2, min(_FAN_IN, 1 << (spare.bit_length() - 1)))
         size = 1
-        while -(-len(ranges) // size) > _TASKS_PER_WORKER * self._n_workers:
+        while -(-len(ranges) // size) > n_tasks:
             size *= 2
         starts = range(0, len(ranges), size)
         rows_of: dict[Any, int] = {}
@@ -128,10 +140,8 @@ class OnDask:
                 rows_of[task] = sum(len(ids) for blocks in chosen for ids in blocks)
             futures += rows_of
             added = list(rows_of)
-            # What was reserved holds sums: here are as many at a time as the budget takes.
-            most = self._order.budget_bytes // max(1, self._order.reserved_bytes)
-            while len(added) > max(1, min(_FAN_IN, most)):
-                groups = [added[i : i + _FAN_IN] for i in range(0, len(added), _FAN_IN)]
+            while len(added) > min(_FAN_IN, spare):
+                groups = [added[i : i + fan_in] for i in range(0, len(added), fan_in)]
                 added = [_submit(client, _adder(), group) for group in groups]
                 futures += added
             return self._gathered(added, rows_of)
@@ -273,6 +283,7 @@ def _outcome(sums: Sums, n_reads: int, bytes_read: int) -> Outcome:
 
 _stores: dict[str, CoreStore] = {}
 _opening = threading.Lock()
+_working = threading.Lock()  # a worker of several threads has one budget, and they share products
 
 
 def _store_at(path: str, store_id: str) -> CoreStore:
@@ -298,6 +309,11 @@ def run_task(order: Order, ranges: list[list[Ids]], work: Work) -> Outcome:
 
     with suppress(ValueError):  # no worker: a test calls it by itself
         torch.set_num_threads(distributed.get_worker().state.nthreads)
+    with _working:
+        return _run_task(order, ranges, work)
+
+
+def _run_task(order: Order, ranges: list[list[Ids]], work: Work) -> Outcome:
     try:
         store = _store_at(order.store, order.store_id)
         ids = np.sort(np.concatenate([block for blocks in ranges for block in blocks]))

@@ -1,14 +1,16 @@
 """Exact CKA and the CCA family against plain NumPy in float64, over data that breaks others."""
 
 import warnings
+from unittest import mock
 
 import distributed
 import numpy as np
 import pytest
 import torch
 
-from actstore.decompose import cca, measuring, moments, similarity
+from actstore.decompose import cca, in_process, measuring, moments, on_dask, similarity
 from actstore.decompose.engine import Engine
+from actstore.decompose.scan import Scan
 from actstore.errors import ArgumentError, BudgetExceeded
 from tests.decompose import references
 from tests.synthetic import synthetic_store
@@ -95,6 +97,60 @@ def test_products_that_cannot_fit_are_refused(store):
     frames = [moments.Frame(torch.zeros(w), torch.ones(w)) for w in (37, 23, 41)]
     with pytest.raises(BudgetExceeded, match=r"41 columns take [\d,]+ bytes.* budget= larger"):
         list(moments.tiles(None, [37, 23, 41], frames, Engine.local(), free_bytes=9000))
+
+
+def at_once(n_workers, n_given):
+    """Return a client whose tasks are done when they are submitted; it tells what each is given."""
+
+    def submit(function, *arguments, **_):
+        given = [[f.value for f in a] if isinstance(a, list) else a for a in arguments]
+        n_given.extend(len(a) for a in arguments if isinstance(a, list))
+        done = mock.Mock(status="finished", value=function(*given))
+        done.add_done_callback = lambda call: call(done)
+        return done
+
+    return mock.Mock(
+        nthreads=lambda: dict.fromkeys(range(n_workers), 1),
+        submit=submit,
+        gather=lambda futures: [future.value for future in futures],
+    )
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_products_on_workers_fit_their_share(tmp_path, monkeypatch, n_workers):
+    """A worker holds no more sums at a time than its tile was cut for, and the answer is the same.
+
+    What is reserved is nearly the budget here, so that there is room for nothing else.
+    """
+    widths = [37, 23, 41]
+    store = synthetic_store(tmp_path / "store", drifting(3000, widths), segment_rows=64)
+    assert len(store.committed) > on_dask.MOST_RANGES
+    held, reserved, n_given = [], [], []
+    engine = Engine(at_once(n_workers, n_given))
+    add = in_process.Tree.add
+
+    def counted(tree, sums):
+        held.append(len(tree._parts) + 1)
+        add(tree, sums)
+
+    monkeypatch.setattr(in_process.Tree, "add", counted)
+    frames = [moments.Frame(torch.zeros(w), torch.ones(w)) for w in widths]
+    one = 4 * (sum(widths) ** 2 + sum(w * w for w in widths))
+    free = 6 * one + 4 * max(widths) * sum(widths)
+
+    def make_scan(sites, n_bytes):
+        reserved.append(n_bytes)
+        budget = 2**26 + n_bytes
+        infos = [store.select(None)[site] for site in sites]
+        return Scan(store, infos, store.rows(), budget_bytes=budget, reserved_bytes=budget - 2**25)
+
+    (tile,) = moments.tiles(make_scan, widths, frames, engine, free_bytes=free)
+    assert 1 < max(held) <= on_dask.SUMS_OF_WORKER
+    assert max(n_given, default=0) == (0 if n_workers == 1 else 2)
+    (here,) = moments.tiles(make_scan, widths, frames, Engine.local(), free_bytes=free)
+    assert reserved == [free, one + 4 * max(widths) * sum(widths)]
+    assert len(list(moments.tiles(make_scan, widths, frames, engine, free_bytes=free - 1))) > 1
+    np.testing.assert_allclose(tile.moment(0, 2), here.moment(0, 2), atol=1e-4)
 
 
 def test_dask_gives_the_same(store):
