@@ -47,9 +47,10 @@ from sklearn.decomposition import NMF, MiniBatchNMF
 
 from actstore.decompose import nmf, stability
 from actstore.decompose.checkpoint import Checkpoint
+from actstore.decompose.clock import Clock
 from actstore.decompose.codes import solve_codes
 from actstore.decompose.engine import Engine
-from actstore.decompose.fit import Clock, Fit, Settings
+from actstore.decompose.fit import Fit, Settings
 from actstore.decompose.scan import BLOCK_ROWS, Scan
 from actstore.store import CoreStore
 from benchmarks._made_stores import MadeStore, jittered

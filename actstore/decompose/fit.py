@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,13 +25,13 @@ import numpy.typing as npt
 import torch
 
 from actstore.decompose.checkpoint import Checkpoint
+from actstore.decompose.clock import Clock
 from actstore.decompose.engine import Engine, Sums
 from actstore.decompose.exact import Exact, ExactWork
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.online import Dictionary, SurrogateWork, product_dtype, take
 from actstore.decompose.scan import BLOCK_ROWS, Form, Range, Scan
 from actstore.decompose.start import Start
-from actstore.store.budget import Progress
 
 SAMPLE_ROWS = 16_384
 _WHOLE_ROWS = 32_768  # so few are a sample by themselves
@@ -77,37 +76,6 @@ class Settings:
         if self.active is None:
             return [None] * len(self.fits)
         return [max(1, math.ceil(self.active * k)) for k, _ in self.fits]
-
-
-class Clock:
-    """Times the stages and reports their progress."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._stage = ""
-        self._began = 0.0
-        self._done = self._rows = 0
-        self.seconds: dict[str, float] = {}
-        """Of each stage."""
-
-    def start(self, stage: str, n_rows: int = 0, done: int = 0) -> None:
-        """Begin a stage over so many rows; the one before ends."""
-        self.stop()
-        self._stage, self._began = stage, time.perf_counter()
-        self._done, self._rows = done, n_rows
-
-    def stop(self) -> None:
-        """End the stage."""
-        if self._stage:
-            spent = time.perf_counter() - self._began
-            self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + spent, 3)
-        self._stage = ""
-
-    def advance(self, n_rows: int) -> None:
-        """Count rows of the stage as done."""
-        self._done += n_rows
-        if self._progress:
-            self._progress(self._stage, self._done, self._rows)
 
 
 class Fit:

@@ -34,10 +34,11 @@ import torch
 
 from actstore.decompose.bound import check_bound, exact_bounds
 from actstore.decompose.checkpoint import Checkpoint
+from actstore.decompose.clock import Clock
 from actstore.decompose.engine import Engine
 from actstore.decompose.exact import Exact, scores_file
 from actstore.decompose.factors import Factors
-from actstore.decompose.fit import Clock, Fit, Settings
+from actstore.decompose.fit import Fit, Settings
 from actstore.decompose.online import product_dtype
 from actstore.decompose.scan import BLOCK_ROWS, Scan, chosen_rows
 from actstore.decompose.score_folds import N_EXEMPLARS

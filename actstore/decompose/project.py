@@ -160,17 +160,24 @@ def _scorer(factors: Factors, scan: Scan) -> Callable[[torch.Tensor], torch.Tens
     """Return what gives the rows of a block, whose values it changes, their scores."""
     if factors.result.kind in KINDS:
         return Linear.of(factors).scores
-    summary = factors.summary
-    scales = [summary["site_scales"][str(info.site)] for info in factors.sites]
-    matrix = Matrix.scaled(scan, scales, bool(summary.get("signed")))
+    matrix = matrix_of(factors, scan)
     loadings = torch.from_numpy(factors.loadings)
-    coder = Coder(loadings @ loadings.T, summary.get("n_active"))
+    solved = solver(loadings, factors.summary.get("n_active"), _SWEEPS, _TOLERANCE)
+    return lambda values: solved(matrix.rows(values))
 
-    def solved(values: torch.Tensor) -> torch.Tensor:
-        products = loadings @ matrix.rows(values).T
-        return coder.codes(products, _SWEEPS, _TOLERANCE)[0].T
 
-    return solved
+def matrix_of(factors: Factors, scan: Scan) -> Matrix:
+    """Return the matrix that factors are of, for a scan of their sites."""
+    scales = [factors.summary["site_scales"][str(info.site)] for info in factors.sites]
+    return Matrix.scaled(scan, scales, bool(factors.summary.get("signed")))
+
+
+def solver(
+    loadings: torch.Tensor, n_active: int | None, n_sweeps: int, tolerance: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what gives rows of the matrix, ``(n, width)``, their scores, ``(n, k)``."""
+    coder = Coder(loadings @ loadings.T, n_active)
+    return lambda rows: coder.codes(loadings @ rows.T, n_sweeps, tolerance)[0].T
 
 
 def _alike(store: CoreStore, info: SiteInfo) -> SiteInfo:

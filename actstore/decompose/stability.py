@@ -27,8 +27,7 @@ with single-cell RNA-Seq, eLife 8 (2019): stability of NMF over replicates.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,13 +39,13 @@ import pyarrow as pa
 import scipy.optimize
 import torch
 
+from actstore.decompose.clock import Clock
 from actstore.decompose.engine import Engine
 from actstore.decompose.factors import Factors
-from actstore.decompose.fit import Clock, Fit, Settings
+from actstore.decompose.fit import Fit, Settings
 from actstore.decompose.linear import KINDS
-from actstore.decompose.matrix import Matrix
 from actstore.decompose.nmf import reserved_bytes
-from actstore.decompose.online import Coder
+from actstore.decompose.project import matrix_of, solver
 from actstore.decompose.ranked import KeptRows
 from actstore.decompose.scan import Scan
 from actstore.errors import ArgumentError, BudgetExceeded
@@ -157,7 +156,7 @@ def stability(
     budget : int or str, optional
         Memory it may take.
     progress : callable, optional
-        ``progress(stage, done, total)``.
+        Called with (stage, fits done, fits of it).
 
     Returns
     -------
@@ -195,15 +194,17 @@ def stability(
         )
     parts, held = split_documents(store, factors.rows, space, splits, seed)
     with store.new_result("stability", name, {}) as writer:
-        clock = _Clock(progress, splits + nulls + 1)
+        clock = Clock(progress)
         refit = _Refit(factors, budget_bytes, reserved)
         numbers = range(seed + 1, seed + 1 + seeds)
-        fits = [clock.timed("fits", refit.fit, part, numbers) for part in parts]
-        permuted = [
-            clock.timed("nulls", refit.fit_permuted, parts[0], seed + s) for s in range(nulls)
-        ]
+        clock.start("fits", splits)
+        fits = [clock.counted(refit.fit(part, numbers)) for part in parts]
+        clock.start("nulls", nulls)
+        permuted = [clock.counted(refit.fit_permuted(parts[0], seed + s)) for s in range(nulls)]
+        clock.start("held-out scores", 1)
         stacked = [loadings for of_part in fits for loadings in of_part]
-        scores = clock.timed("held-out scores", refit.scores, held, stacked)
+        scores = clock.counted(refit.scores(held, stacked))
+        clock.stop()
         columns = compare(factors.loadings, fits, permuted, scores)
         of_result = pa.array([factors.name] * k, pa.string())
         table = {"of_result": of_result, "factor": np.arange(k, dtype=np.int32), **columns}
@@ -384,25 +385,6 @@ def _median(values: Float64) -> float | None:
     return float(np.median(values)) if np.isfinite(values).all() else None
 
 
-class _Clock:
-    """Times the fits and reports how many are done."""
-
-    def __init__(self, progress: Progress | None, n_all: int) -> None:
-        self._progress, self._n_all, self._n_done = progress, n_all, 0
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, stage: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what a call returns."""
-        began = time.perf_counter()
-        found = call(*arguments)
-        took = time.perf_counter() - began
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
-        self._n_done += 1
-        if self._progress:
-            self._progress("stability", self._n_done, self._n_all)
-        return found
-
-
 @dataclass(frozen=True)
 class _Refit:
     """Fits the matrix of some factors again."""
@@ -438,8 +420,7 @@ class _Refit:
     def _find(self, scan: Scan, seeds: Iterable[int]) -> list[Float32]:
         """Return the loadings of several seeds, all of which share the reads."""
         fit = Fit(scan, self._settings(seeds, scan.n_rows), Engine.local(), None, Clock(None), None)
-        scales = self.factors.summary["site_scales"]
-        ours = Matrix.scaled(scan, [scales[str(info.site)] for info in self.factors.sites])
+        ours = matrix_of(self.factors, scan)
         found = []
         for loadings in fit.loadings():
             # Scales are of a sample of the rows of each fit.
@@ -469,18 +450,15 @@ class _Refit:
     def scores(self, rows: Rows, fits: Sequence[Float32]) -> list[Float32]:
         """Return the scores of some of the rows by each of some fits, ``(rows, k)``."""
         scan = self._scan(rows, 1)
-        summary = self.factors.summary
         k = len(self.factors.loadings)
         most = (self.budget_bytes - self.reserved_bytes) // (4 * 16 * k * len(fits))
         limit = max(1, min(_HELD_ROWS, most))
-        scales = [summary["site_scales"][str(info.site)] for info in self.factors.sites]
-        matrix = Matrix.scaled(scan, scales, bool(summary.get("signed")))
-        loadings = torch.from_numpy(np.stack(fits))
-        coders = [Coder(gram, summary.get("n_active")) for gram in loadings @ loadings.mT]
+        matrix = matrix_of(self.factors, scan)
+        n_active = self.factors.summary.get("n_active")
+        solvers = [solver(torch.from_numpy(x), n_active, _SWEEPS, _TOLERANCE) for x in fits]
         found: list[list[Float32]] = [[] for _ in fits]
         for block in scan.mixed(limit=limit):
-            products = loadings @ matrix.rows(block.values).T
-            for scores, coder, mine in zip(found, coders, products, strict=True):
-                codes, _ = coder.codes(mine, _SWEEPS, _TOLERANCE)
-                scores.append(codes.T.numpy().copy())
+            values = matrix.rows(block.values)
+            for scores, solved in zip(found, solvers, strict=True):
+                scores.append(solved(values).numpy().copy())
         return [np.concatenate(scores) for scores in found]
