@@ -15,6 +15,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from actstore.decompose.device import here, there
 from actstore.decompose.engine import Engine, Sums
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.scan import BLOCK_ROWS, Block, Scan
@@ -34,10 +35,13 @@ class _Gram:
         gram: np.ndarray | None = None
         energy = torch.zeros((), dtype=torch.float64)
         for block in blocks:
-            rows = self.matrix.rows(block.values)
-            energy += self.matrix.energies(rows).sum()
-            values = rows.numpy()
-            product = values.T @ values  # half the work of a general product
+            rows = self.matrix.rows(there(block.values))
+            energy += here(self.matrix.energies(rows).sum())
+            if rows.is_cuda:
+                product = here(rows.T @ rows).numpy()
+            else:
+                values = rows.numpy()
+                product = values.T @ values  # half the work of a general product
             gram = product if gram is None else np.add(gram, product, out=gram)
         assert gram is not None
         return {"gram": torch.from_numpy(gram), "energy": energy}

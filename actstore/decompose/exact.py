@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 
 from actstore import durable
+from actstore.decompose.device import here, there
 from actstore.decompose.engine import Sums
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.online import Coder
@@ -72,7 +73,8 @@ class ExactWork:
         signed_energy = torch.zeros(n_sites, dtype=torch.float64)
         energy = torch.zeros(n_sites, dtype=torch.float64)
         mean_energy = torch.zeros((), dtype=torch.float64)
-        images = torch.zeros(sum(sizes), self.stack.shape[1], dtype=torch.float64)
+        stack = there(self.stack)
+        images = stack.new_zeros(sum(sizes), stack.shape[1], dtype=torch.float64)
         parts = [
             {
                 "factor_energy": torch.zeros(k, dtype=torch.float64),
@@ -86,10 +88,11 @@ class ExactWork:
         segment = -1
         for block in blocks:
             segment = int(block.row_ids[0]) // self.segment_rows
-            signed_energy += self.matrix.energies(block.values)
-            rows = self.matrix.rows(block.values)
-            energy += self.matrix.energies(rows)
-            products = (rows @ self.stack.T).T.contiguous()
+            values = there(block.values)
+            signed_energy += here(self.matrix.energies(values))
+            rows = self.matrix.rows(values)
+            energy += here(self.matrix.energies(rows))
+            products = here((rows @ stack.T).T.contiguous())
             mean_energy += products[-1].double().square().sum()
             found = []
             for i, (coder, part) in enumerate(zip(self.coders, parts, strict=True)):
@@ -101,7 +104,7 @@ class ExactWork:
                 part["n_moving"] += n_moving
                 scores[i].append(codes.T)
                 found.append(codes)
-            images += torch.cat(found) @ rows
+            images += there(torch.cat(found)) @ rows
         for i, pieces in enumerate(scores):
             path = scores_file(Path(self.folder), i, segment)
             durable.write_array(path, torch.cat(pieces).numpy())
@@ -109,7 +112,7 @@ class ExactWork:
             "signed_energy": signed_energy,
             "energy": energy,
             "mean_energy": mean_energy,
-            "images": images,
+            "images": here(images),
             **{f"{name} {i}": v for i, part in enumerate(parts) for name, v in part.items()},
         }
 

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actstore.decompose.device import here, there
 from actstore.decompose.engine import Engine, Sums
 from actstore.decompose.on_dask import MOST_RANGES
 from actstore.decompose.scan import Block, Scan
@@ -54,6 +55,11 @@ class Frame:
         if self.scale is not None:
             values *= self.scale
         return values
+
+    def there(self) -> Frame:
+        """Return the frame on the device, for blocks that are put there."""
+        scale = None if self.scale is None else there(self.scale)
+        return Frame(there(self.shift), self.variance, scale)
 
     def of(self, columns: slice) -> Frame:
         """Return the frame of some columns."""
@@ -131,25 +137,26 @@ class Products:
         width, n_sites = len(self.frame.shift), len(self.sites)
         shapes = [(a.stop - a.start, b.stop - b.start) for a, b in self.pairs]
         products = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-        spare = torch.empty(max(rows * columns for rows, columns in shapes))
+        frame = self.frame.there()
+        spare = frame.shift.new_empty(max(rows * columns for rows, columns in shapes))
         total = torch.zeros(width, dtype=torch.float64)
         norm = torch.zeros(n_sites, dtype=torch.float64)
         norm_norm = torch.zeros(n_sites, n_sites, dtype=torch.float64)
         norm_value = torch.zeros(n_sites, width, dtype=torch.float64)
         n_rows = 0
         for block in blocks:
-            values = self.frame.apply(block.values)
+            values = frame.apply(there(block.values))
             n_rows += len(values)
-            total += values.sum(0, dtype=torch.float64)
+            total += here(values.sum(0, dtype=torch.float64))
             norms = torch.stack(
                 [torch.linalg.vector_norm(values[:, site], dim=1) for site in self.sites]
             ).square()
-            norm += norms.sum(1, dtype=torch.float64)
-            norm_norm += norms.double() @ norms.double().T
-            norm_value += norms @ values
+            norm += here(norms.sum(1, dtype=torch.float64))
+            norm_norm += here(norms.double() @ norms.double().T)
+            norm_value += here(norms @ values)
             for product, (a, b), shape in zip(products, self.pairs, shapes, strict=True):
                 out = spare[: shape[0] * shape[1]].view(shape)
-                product += torch.mm(values[:, a].T, values[:, b], out=out)
+                product += here(torch.mm(values[:, a].T, values[:, b], out=out))
         return {
             "n": torch.tensor(float(n_rows), dtype=torch.float64),
             "sum": total,

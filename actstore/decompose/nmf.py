@@ -35,6 +35,7 @@ import torch
 from actstore.decompose.bound import check_bound, exact_bounds
 from actstore.decompose.checkpoint import Checkpoint
 from actstore.decompose.clock import Clock
+from actstore.decompose.device import device
 from actstore.decompose.engine import Engine
 from actstore.decompose.exact import Exact, scores_file
 from actstore.decompose.factors import Factors
@@ -242,6 +243,7 @@ def nmf(
             "seconds": clock.seconds,
             "threads": torch.get_num_threads(),
             "online_products": product_dtype(),
+            "device": device().type,
             "versions": _versions(),
         }
         results = []

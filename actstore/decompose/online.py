@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from actstore.decompose.codes import descend, solve_codes, solve_sparse_codes
+from actstore.decompose.device import here, there
 from actstore.decompose.engine import Sums
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.scan import Block, Form
@@ -192,23 +193,24 @@ class SurrogateWork:
     def __call__(self, blocks: Iterable[Block]) -> Sums:
         """Return the sums: ``images``, ``gram 0`` and so on, ``n_rows``."""
         sizes = [len(coder.gram) for coder in self.coders]
-        images = torch.zeros(sum(sizes) + 1, self.stack.shape[1])
+        stack = there(self.stack)
+        images = stack.new_zeros(sum(sizes) + 1, stack.shape[1], dtype=torch.float32)
         grams = [torch.zeros(k, k) for k in sizes]
         n_rows = 0
         for block in blocks:
-            rows = block.values
-            products = torch.split((rows @ self.stack.T).float().T, sizes)
+            rows = there(block.values)
+            products = torch.split(here((rows @ stack.T).float().T), sizes)
             codes = [
                 coder.codes(mine.contiguous(), self.n_sweeps, self.tolerance)[0]
                 for coder, mine in zip(self.coders, products, strict=True)
             ]
             # A last row of ones, and the mean costs no pass over the block of its own.
             left = torch.cat([*codes, torch.ones(1, len(rows))]).to(rows.dtype)
-            images += left @ rows
+            images += there(left) @ rows
             for gram, mine in zip(grams, codes, strict=True):
                 gram.addmm_(mine, mine.T)
             n_rows += len(rows)
-        sums = {"images": images, "n_rows": torch.tensor(n_rows)}
+        sums = {"images": here(images), "n_rows": torch.tensor(n_rows)}
         return {**sums, **{f"gram {i}": gram for i, gram in enumerate(grams)}}
 
 
