@@ -1,9 +1,12 @@
 """The public face over a small captured store."""
 
+import inspect
+
 import numpy as np
 import pytest
 
 import actstore
+from actstore import decompose
 from actstore.errors import ArgumentError, QueryError, RowNotFound, StoreNotFound
 from tests.synthetic import synthetic_store
 from tests.toys import toy_model
@@ -82,6 +85,15 @@ def test_results_reopen_without_computing(small_store):
     reopened = actstore.open(small_store.path).factors("kept")
 
     np.testing.assert_array_equal(made.loadings, reopened.loadings)
+
+
+@pytest.mark.parametrize("name", ["ica", "nmf", "pca", "shuffle", "similarity"])
+def test_every_argument_of_a_decomposition_can_be_given(name):
+    """What messages of the function name is an argument of the store's method too."""
+    function = inspect.signature(getattr(decompose, name)).parameters
+    method = inspect.signature(getattr(actstore.Store, name)).parameters
+
+    assert function.keys() - {"store", "engine"} <= method.keys()
 
 
 def test_info_names_the_module_and_width_of_every_site(small_store):
