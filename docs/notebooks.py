@@ -57,8 +57,8 @@ CELLS = [
         'pd.set_option("display.max_colwidth", 90)\n'
         "types = []\n"
         "for factor in range(factors.n_components):\n"
-        '    by_mean = factors.token_types(factor, 8, by="mean").to_pydict()\n'
-        '    by_share = factors.token_types(factor, 6, by="share").to_pydict()\n'
+        '    by_mean = factors.token_types(factor, 8, by="mean").df()\n'
+        '    by_share = factors.token_types(factor, 6, by="share").df()\n'
         "    types.append(\n"
         "        {\n"
         '            "factor": factor,\n'
@@ -91,7 +91,7 @@ CELLS = [
         "code",
         "pd.DataFrame(\n"
         "    {\n"
-        '        factor: factors.top_documents(factor, 5)["source"].to_pylist()\n'
+        '        factor: factors.top_documents(factor, 5).df()["source"].tolist()\n'
         "        for factor in range(factors.n_components)\n"
         "    }\n"
         ").T",

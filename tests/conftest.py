@@ -18,10 +18,11 @@ import torch
 
 from actstore.models import LanguageModel, load
 from tests.captured import DOCUMENTS, Captured, capture
-from tests.stores import model_folder, small_store, texts, texts_folder
+from tests.stores import made_store, model_folder, small_store, texts, texts_folder
 from tests.toys import toy_model
 
-__all__ = ["model_folder", "small_store", "texts", "texts_folder"]  # fixtures of another file
+# Fixtures of another file.
+__all__ = ["made_store", "model_folder", "small_store", "texts", "texts_folder"]
 
 torch.set_num_threads(1)
 # Runs are timed on shared machines, and a failure on one should be found on all of them.

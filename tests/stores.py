@@ -1,5 +1,7 @@
 """Fixtures: small captured stores, and what they were captured from."""
 
+import shutil
+
 import pytest
 
 import actstore
@@ -36,11 +38,18 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_store(texts, tmp_path_factory):
-    """A captured store of a three-layer GPT-2 with an NMF and a similarity."""
+def made_store(texts, tmp_path_factory):
+    """A captured store of a three-layer GPT-2 with an NMF and a similarity; not to be written to."""
     module, tokenizer = toy_model("gpt2")
     path = tmp_path_factory.mktemp("stores") / "small"
     store = actstore.capture(module, text=texts, store=path, tokenizer=tokenizer, context=16)
     store.nmf("mlp_post", 2, name="first")
     store.similarity(name="first", tolerance=0.5)
     return store
+
+
+@pytest.fixture
+def small_store(made_store, tmp_path_factory):
+    """A copy of that store: what a test computes into it no other test finds there."""
+    path = tmp_path_factory.mktemp("stores") / "small"
+    return actstore.open(shutil.copytree(made_store.path, path))

@@ -43,7 +43,7 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
     store = tmp_path / "store"
 
     said = run("capture", model_folder, f"{texts_folder}/*.txt", store, "--context", 16).output
-    assert "tokens in 1 segments" in said
+    assert "tokens in 1 segment\n" in said
 
     rows = lines(run("top", store, "mlp_post.1", 7, "-k", 3))
     assert [row["rank"] for row in rows] == [1, 2, 3]
@@ -124,6 +124,7 @@ def test_export_writes_what_the_library_writes(run, tmp_path, small_store):
         ["neuron", "mlp_post.1", "7", "--to", "x.json", "--by", "source"],
         ["overview", "--to", "x.json"],
         ["slice", "--to", "x.json"],
+        ["overview", "seven", "--to", "x.html"],
     ],
 )
 def test_exports_that_make_no_sense_are_usage(run, small_store, words):

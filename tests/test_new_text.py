@@ -81,7 +81,7 @@ def test_a_hostile_token_is_shown_and_not_obeyed(toy, tmp_path):
 
     assert "\x1b" not in printed
     assert "\u202e" not in printed
-    texts = "".join(factors.token_types(0, 100).column("token").to_pylist())
+    texts = "".join(factors.token_types(0, 100).df().token)
     assert texts
 
 
@@ -96,7 +96,7 @@ def test_factors_print_as_a_table(factors):
     assert f"error {factors.summary['error']:.4f}" in lines[1]
     assert "KKT residual" in lines[1]
     assert lines[3].split() == ["factor", "share", "neurons", "where", "tokens", "note"]
-    first = factors.token_types(0, 1).column("token")[0].as_py().strip()
+    first = factors.token_types(0, 1).df().token[0].strip()
     assert first in lines[4]
     assert f"{factors.df().share[0]:.1%}" in lines[4]
 

@@ -18,7 +18,7 @@ from actstore.store.budget import Progress, as_count, parse_budget
 if TYPE_CHECKING:
     import dask.array
 
-    from actstore.decompose import Loader
+    from actstore.decompose import Loader, Stability
     from actstore.view import Factors, Similarity
 
 
@@ -255,6 +255,18 @@ class Decompositions(Questions):
         from actstore.view import Similarity
 
         return Similarity.open(self, name)
+
+    def stability_result(self, name: str | None = None) -> Stability:
+        """Return an earlier `Factors.stability` by name; without one, the newest.
+
+        Raises
+        ------
+        ResultNotFound
+            If there are none.
+        """
+        from actstore.decompose import Stability
+
+        return Stability(self, self.result("stability", name))
 
     def loader(
         self,

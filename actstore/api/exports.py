@@ -73,7 +73,8 @@ class Exports(Decompositions):
         ResultExists
             If there is something at `to`.
         ArgumentError
-            If the store has no index, or `form` needs values that are not known.
+            If the store has no index, `form` needs values that are not known, or the folder of `to`
+            does not exist.
 
         See Also
         --------
@@ -93,6 +94,7 @@ class Exports(Decompositions):
         to: str | Path,
         *,
         name: str | None = None,
+        kind: str = "nmf",
         form: str = "neuronpedia",
         k: int = 20,
         n_bins: int = 10,
@@ -113,6 +115,8 @@ class Exports(Decompositions):
             A new ``.json`` file.
         name : str, optional
             Name of the decomposition; default the newest.
+        kind : {"nmf", "pca", "ica"}
+            What computed it.
         form, k, n_bins, n_each, n_random, before, after
             As for `export_neuron`.
 
@@ -123,14 +127,14 @@ class Exports(Decompositions):
         ResultExists
             If there is something at `to`.
         ArgumentError
-            If there is no such factor.
+            If there is no such factor, or the folder of `to` does not exist.
         """
         from actstore.exporting import check_form, factor_feature, new_json
 
         check_form(form)
         path = new_json(to)
         how = shown(k, n_bins, n_each, n_random, before, after)
-        return factor_feature(self.factors(name), factor, how).write(path, form)
+        return factor_feature(self.factors(name, kind), factor, how).write(path, form)
 
     def export_slice(
         self,

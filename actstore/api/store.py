@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actstore.api.exports import Exports
+from actstore.counted import counted
 from actstore.site import Site
 from actstore.store.budget import Progress
 from actstore.store.info import Info, info
@@ -44,8 +45,8 @@ class Store(Exports):
 
     def __repr__(self) -> str:
         return (
-            f"<Store {self.path}: {self.meta.model['name']}, {self.n_rows():,} rows x "
-            f"{len(self.sites)} sites>"
+            f"<Store {self.path}: {self.meta.model['name']}, {counted(self.n_rows(), 'row')} x "
+            f"{counted(len(self.sites), 'site')}>"
         )
 
     def info(self) -> Info:

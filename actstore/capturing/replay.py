@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from actstore.capturing.batches import Batch
+from actstore.counted import counted
 from actstore.errors import BudgetExceeded, ModelError, SiteNotFound, StoreMismatch
 from actstore.models import LanguageModel, load
 from actstore.shard import DTYPES
@@ -58,7 +59,7 @@ class Replayed(Mapping[Site, Values]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"<Replayed: {len(self.row_ids):,} rows x {summarize(self)}>"
+        return f"<Replayed: {counted(len(self.row_ids), 'row')} x {summarize(self)}>"
 
 
 def model_of(

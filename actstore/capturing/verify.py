@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 from actstore.capturing.lists import TOPK
 from actstore.capturing.plan import cut_windows
 from actstore.capturing.replay import Values, Window, run_windows, windows_of
+from actstore.counted import counted
 from actstore.errors import ArgumentError
 from actstore.folds import FOLDS
 from actstore.models import Encoded, LanguageModel
@@ -145,8 +146,8 @@ class Verification:
             ("store", self.path),
             (
                 "windows",
-                f"{self.n_windows:,} of {self.n_documents:,} documents, {self.n_rows:,} rows: "
-                "text tokenised again",
+                f"{self.n_windows:,} of {counted(self.n_documents, 'document')}, "
+                f"{counted(self.n_rows, 'row')}: text tokenised again",
             ),
             ("sites", self.sites),
             (
@@ -156,8 +157,8 @@ class Verification:
             ),
             (
                 "index",
-                f"{self.n_exemplars:,} exemplars at these rows; lists and statistics of "
-                f"{self.n_columns:,} whole columns",
+                f"{counted(self.n_exemplars, 'exemplar')} at these rows; lists and statistics of "
+                f"{counted(self.n_columns, 'whole column')}",
             ),
             ("mismatches", f"{self.n_mismatches:,}" if self.n_mismatches else "none"),
         ]

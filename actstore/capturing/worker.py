@@ -372,7 +372,7 @@ class Worker:
         token = self._store.tokens_of([row_id]).to_pylist()[0]
         document = self._store.document(token["document"])
         text = document["text"][token["char_start"] : token["char_end"]]
-        text = text or self._store.vocabulary["text"][token["token_id"]].as_py()
+        text = text or self._store.texts_of(np.array([token["token_id"]]))[0].as_py()
         remedy = (
             "Give on_nan='count' (--on-nan count) to store them and keep them out of every fold"
             if kind == "NaN"

@@ -135,16 +135,25 @@ def _echo_factors(factors: Any, form: str | None) -> None:
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--sites", multiple=True, help="Sites or patterns; default all.")
 @click.option(
-    "--measure", default="cka", help="cka, cca, svcca or pwcca.", show_default=True, metavar="NAME"
+    "--measure",
+    type=click.Choice(["cka", "cca", "svcca", "pwcca"]),
+    default="cka",
+    show_default=True,
 )
-@click.option("--method", metavar="NAME", help="Of CKA: estimate (default) or exact.")
+@click.option("--method", type=click.Choice(["estimate", "exact"]), help="Of CKA; default estimate.")
 @click.option("--tolerance", default=0.005, help="Half-width to stop at.", show_default=True)
 @click.option("--rows", default="content", help="content, all, or an SQL condition on tokens.")
 @click.option("--standardize", is_flag=True, help="Give every column the same variance.")
 @click.option(
     "--other", type=click.Path(path_type=Path), help="Another store over the same documents."
 )
-@click.option("--variant", default="paper", help="Of PWCCA: paper or svcca.", metavar="NAME")
+@click.option(
+    "--variant",
+    type=click.Choice(["paper", "svcca"]),
+    default="paper",
+    help="Of PWCCA: as in its paper, or as in the package of SVCCA's authors.",
+    show_default=True,
+)
 @click.option("--share", type=float, help="Of CCA: leading correlations only; 0.98 as Ecco.")
 @click.option(
     "--principal",

@@ -21,10 +21,11 @@ _EXPORTS: dict[str, tuple[tuple[tuple[str, ...], int, tuple[str, ...]], ...]] = 
         (("by", "replay", "model", "budget"), 2, _VIEWS),
         ((*_FEATURE, "replay", "model", "budget"), 2, (".json",)),
     ),
-    "factor": (((*_FEATURE, "name"), 1, (".json",)),),
+    "factor": (((*_FEATURE, "name", "kind"), 1, (".json",)),),
     "slice": ((("sites", "rows", "budget"), 0, (".parquet", ".safetensors")),),
 }
 """What can be exported: for files of some endings, its options and its arguments."""
+_TAKES = ("no further argument", "one further argument: FACTOR", "two further arguments: SITE NEURON")
 
 
 @main.command(
@@ -48,7 +49,7 @@ What and where to:
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="A new file.")
 @click.option("--name", help="Name of the result; default the newest.")
 @click.option(
-    "--kind", type=click.Choice(["nmf", "pca", "ica"]), help="factors: what computed them."
+    "--kind", type=click.Choice(["nmf", "pca", "ica"]), help="Of factors: what computed them."
 )
 @click.option("--compare", metavar="NAME", help="factors: another result to compare with.")
 @click.option("--by", metavar="SQL", help="neuron: what its means are grouped by; default source.")
@@ -74,7 +75,7 @@ def export(store: Path, what: str, which: tuple[str, ...], to: Path, **options: 
     if unknown := sorted(given.keys() - set(allowed)):
         raise click.UsageError(f"{what} as {to.suffix} takes no --{unknown[0]}")
     if len(which) != n_arguments:
-        raise click.UsageError(f"{what} takes {n_arguments} arguments, not {len(which)}")
+        raise click.UsageError(f"{what} takes {_TAKES[n_arguments]}, not {len(which)}")
     opened = actstore.open(store)
     if to.suffix in _VIEWS:
         _export_view(opened, what, which, to, given)

@@ -30,7 +30,12 @@ def capture_options(command: Command) -> Command:
             help="Rows to store: all, none, 1/64, or mlp_post=1/64,resid_post=all.",
         ),
         click.option("--grams", multiple=True, metavar="SITE", help="Sites to fold a Gram of too."),
-        click.option("--dtype", default="auto", help="auto, float16, bfloat16 or float32."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float16", "float32", "bfloat16"]),
+            default="auto",
+            help="How activations are stored; auto decides for each site.",
+        ),
         click.option("--context", type=int, help="Tokens of a window."),
         click.option("--overlap", type=int, help="Leading tokens of a window not stored again."),
         click.option("--max-tokens", type=int, help="Tokens wanted in all."),

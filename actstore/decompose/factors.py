@@ -358,9 +358,8 @@ class Factors:
 
     def _with_text(self, table: pa.Table) -> pa.Table:
         """Return a table with the text of its token types."""
-        vocabulary = self.store.vocabulary
-        places = pc.index_in(table.column("token_id"), vocabulary.column("token_id"))
-        return table.append_column("token", vocabulary.column("text").take(places))
+        texts = self.store.texts_of(table.column("token_id").to_numpy())
+        return table.append_column("token", texts)
 
     def _of_factor(self, name: str, factor: int) -> pa.Table:
         if not 0 <= as_count("factor", factor, -(2**31)) < self.n_components:

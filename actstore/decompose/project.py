@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from actstore.decompose.factors import Factors
@@ -56,9 +55,8 @@ class Projection:
         """Return one row a token: what it is, and its scores, ``factor_0`` and so on."""
         names = ["row_id", "document", "position", "token_id"]
         table = self.store.tokens_of(self.row_ids, self.space).select(names)
-        vocabulary = self.store.vocabulary
-        places = pc.index_in(table.column("token_id"), vocabulary.column("token_id"))
-        table = table.append_column("token", vocabulary.column("text").take(places))
+        texts = self.store.texts_of(table.column("token_id").to_numpy())
+        table = table.append_column("token", texts)
         for j, column in enumerate(self.scores.T):
             table = table.append_column(f"factor_{j}", pa.array(column))
         return table

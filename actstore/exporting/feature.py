@@ -187,7 +187,8 @@ class Feature:
         Raises
         ------
         ArgumentError
-            If the form is none, or cannot say what is not known; or `to` is no ``.json``.
+            If the form is none, or cannot say what is not known; or `to` is no ``.json``, or in no
+        folder.
         ResultExists
             If there is something at `to`.
         """
@@ -303,7 +304,7 @@ def factor_feature(factors: Factors, factor: int, shown: Shown | None = None) ->
     store, summary = factors.store, factors.summary
     factor = as_count("factor", factor, 0, factors.n_components - 1)
     name = f"{factors.result.kind}-{factors.name}"
-    neurons = factors.top_neurons(factor, 20)
+    neurons = Factors.top_neurons(factors, factor, 20)  # as Arrow, however a subclass shows it
     identity = {
         "modelId": store.meta.model["name"],
         "layer": name,

@@ -17,7 +17,7 @@ def new_file(to: str | Path, suffixes: Collection[str]) -> Path:
     Raises
     ------
     ArgumentError
-        If its name does not end in one of the suffixes.
+        If its name does not end in one of the suffixes, or its folder does not exist.
     ResultExists
         If there is something.
     """
@@ -26,6 +26,11 @@ def new_file(to: str | Path, suffixes: Collection[str]) -> Path:
         raise ArgumentError(
             f"to = {str(to)!r} does not name a file that can be written; expected a name that ends "
             f"in {' or '.join(suffixes)}."
+        )
+    if not path.parent.is_dir():
+        raise ArgumentError(
+            f"to = {str(to)!r} needs the folder {path.parent}, which does not exist; expected the "
+            "name of a file in a folder that does. Make the folder first."
         )
     _refuse_taken(path)
     return path
@@ -40,7 +45,6 @@ def written_aside(path: Path) -> Iterator[Path]:
     ResultExists
         If somebody made a file of that name meanwhile; it is untouched.
     """
-    durable.make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actstore.errors import ArgumentError, BudgetExceeded, NotEnoughDisk
@@ -78,7 +77,8 @@ def export_slice(
     ResultExists
         If there is something at `to`.
     ArgumentError
-        If `to` has another suffix, the sites are of two spaces, or there are no rows.
+        If `to` has another suffix or its folder does not exist, the sites are of two spaces, or
+        there are no rows.
     SiteNotFound, RowNotFound
         If the store does not have a site, or a row is a hole or is not stored.
     BudgetExceeded, NotEnoughDisk
@@ -103,8 +103,7 @@ def export_slice(
             f"{summarize(info.site for info in infos)} ({row_bytes:,} bytes a row) needs at least "
             f"{needed:,} bytes to export. Pass budget={needed} or more, or fewer sites."
         )
-    existing = next(folder for folder in path.parents if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(path.parent).free
     if rows.n_rows * row_bytes > free:
         raise NotEnoughDisk(
             f"{rows.n_rows:,} rows into {path} take up to {rows.n_rows * row_bytes:,} bytes, and "
@@ -214,13 +213,11 @@ class _Parquet:
 
     def write(self, block: _Block) -> None:
         tokens = self._store.tokens_of(block.row_ids, self._space)
-        vocabulary = self._store.vocabulary
-        types = pc.index_in(tokens.column("token_id"), vocabulary.column("token_id"))
         columns = [
             pa.array(block.row_ids),
             tokens.column("document"),
             tokens.column("position"),
-            vocabulary.column("text").take(types),
+            self._store.texts_of(tokens.column("token_id").to_numpy()),
         ]
         for values in block.values.values():
             if values.dtype == DTYPES["bfloat16"]:

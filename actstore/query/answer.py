@@ -78,7 +78,7 @@ class Answer:
     """The answer to a question: a table, already in memory.
 
     It prints as a table in a terminal and in a notebook.  ``len`` counts its rows; iterating gives
-    them as dicts.
+    them as dicts.  pandas, Polars, pyarrow and DuckDB take it for a table.
 
     Parameters
     ----------
@@ -96,6 +96,9 @@ class Answer:
     def to_arrow(self) -> pa.Table:
         """Return the answer as an Arrow table."""
         return self._table
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        return self._table.__arrow_c_stream__(requested_schema)
 
     def df(self) -> pd.DataFrame:
         """Return the answer as a pandas DataFrame."""

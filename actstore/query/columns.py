@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
+from actstore.counted import counted
 from actstore.errors import ActstoreError
 from actstore.site import Site
 from actstore.store import CoreStore, Rows
@@ -66,9 +67,8 @@ class Activations:
 
     def __repr__(self) -> str:
         kept = "" if self.info.keep == ALL else f", {keep_text(self.info.keep)} of them stored"
-        return (
-            f"<{self.info.site}, neuron {self.neuron}: {len(self):,} rows ({self.rows.rule}{kept})>"
-        )
+        rows = f"{counted(len(self), 'row')} ({self.rows.rule}{kept})"
+        return f"<{self.info.site}, neuron {self.neuron}: {rows}>"
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
         reader = pa.RecordBatchReader.from_batches(self.schema, self._batches())

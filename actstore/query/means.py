@@ -63,13 +63,7 @@ class Means:
         self.info = store.site(site)
         _check_stored(store, self.info, rows)
         self._where = f"WHERE space = '{self.info.site.space}' AND NOT special AND NOT first"
-        # Alone first: an expression that closes our bracket would mean other than it says.
-        shape = ask(f"SELECT {key}\n{TOKENS_AND_DOCUMENTS} LIMIT 0")
-        if shape.num_columns != 1:
-            raise QueryError(
-                f"key = {key!r} of means is {shape.num_columns} columns; expected one expression "
-                "on the columns of tokens and documents, such as 'source'."
-            )
+        check_key(ask, "key", key)
         keys = ask(f"SELECT DISTINCT ({key}\n) AS key {TOKENS_AND_DOCUMENTS} {self._where}")
         self.keys: pa.Array = keys.column("key").combine_chunks()
         """The values of the key, one a group."""
@@ -167,6 +161,19 @@ class Means:
                 block[nan] = 0.0
                 part = belongs @ block
             sums[groups] += part
+
+
+def check_key(ask: Ask, argument: str, key: str) -> None:
+    """Raise `QueryError` unless SQL is one expression on the columns of tokens and documents.
+
+    Alone, before it stands in brackets: one that closed them would mean other than it says.
+    """
+    shape = ask(f"SELECT {key}\n{TOKENS_AND_DOCUMENTS} LIMIT 0")
+    if shape.num_columns != 1:
+        raise QueryError(
+            f"{argument} = {key!r} of means is {shape.num_columns} columns; expected one "
+            "expression on the columns of tokens and documents, such as 'source'."
+        )
 
 
 def _check_stored(store: CoreStore, info: SiteInfo, rows: str) -> None:

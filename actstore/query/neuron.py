@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actstore import durable
-from actstore.errors import ArgumentError, QueryError
+from actstore.errors import ArgumentError
 from actstore.folds import Gram, Sample
 from actstore.query.database import Database
+from actstore.query.means import check_key
 from actstore.query.portrait import (
     Column,
     Ids,
@@ -48,6 +49,18 @@ class Kin:
     """The measure in words."""
     neurons: list[tuple[str, int, float]]
     """Site, neuron and measure, nearest first."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Means of a neuron in groups of rows: those with the highest means, and with the lowest."""
+
+    means: pa.Table
+    """Columns key, n and mean; highest mean first."""
+    n_groups: int
+    """How many groups there are."""
+    words: str
+    """Which rows the means are over, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +225,8 @@ class NeuronIndex:
             found.rows(),
         )
 
-    def means(self, database: Database, key: str = "source") -> tuple[pa.Table, str]:
-        """Return the means of the neuron's stored rows in groups, highest first, and what they are.
+    def means(self, database: Database, key: str = "source", k: int = 12) -> Groups:
+        """Return the means of the neuron's stored rows in groups.
 
         Reads the neuron's column; of a column of more than 4 million rows nothing, and the words
         say so.
@@ -224,13 +237,8 @@ class NeuronIndex:
             The store's.
         key : str, default "source"
             SQL on the columns of tokens, and on source, n_tokens and metadata of documents.
-
-        Returns
-        -------
-        means : pyarrow.Table
-            key, n and mean.
-        words : str
-            Which rows the means are over, or why there are none.
+        k : int, default 12
+            How many groups at either end.
 
         Raises
         ------
@@ -238,32 +246,33 @@ class NeuronIndex:
             If `key` is not one expression on these columns.
         """
         store, info = self.store, self.info
-        shape = database.sql(f"SELECT {key}\n{TOKENS_AND_DOCUMENTS} LIMIT 0").to_arrow()
-        if shape.num_columns != 1:
-            raise QueryError(
-                f"by = {key!r} is {shape.num_columns} columns; expected one expression on the "
-                "columns of tokens and documents, such as 'source'."
-            )
+        check_key(lambda query: database.sql(query).to_arrow(), "by", key)
         empty = pa.table({"key": pa.array([], pa.string()), "n": [], "mean": []})
         if info.keep == NONE:
-            return empty, "none: no rows of the site are stored"
+            return Groups(empty, 0, "none: no rows of the site are stored")
         n_rows = store.n_rows(info.site.space) * info.keep
         if n_rows > _MOST_ROWS:
             words = (
                 f"none: the column has about {n_rows:,.0f} rows, which only means() in SQL reads"
             )
-            return empty, words
+            return Groups(empty, 0, words)
         found = database.sql(
-            f"SELECT ({key}\n) AS key, count(a.value) AS n, avg(a.value) AS mean "
-            f"{TOKENS_AND_DOCUMENTS} "
+            f"WITH by_key AS MATERIALIZED (SELECT ({key}\n) AS key, count(a.value) AS n, "
+            f"avg(a.value) AS mean {TOKENS_AND_DOCUMENTS} "
             "JOIN activations($site, $neuron) AS a USING (row_id) WHERE space = $space "
-            "GROUP BY 1 HAVING n > 0 ORDER BY mean DESC, key",
+            "GROUP BY 1 HAVING n > 0) "
+            "SELECT *, (SELECT count(*) FROM by_key) AS n_groups FROM ("
+            "(SELECT * FROM by_key ORDER BY mean DESC, key LIMIT $k) UNION "
+            "(SELECT * FROM by_key ORDER BY mean, key DESC NULLS FIRST LIMIT $k)) "
+            "ORDER BY mean DESC, key",
             site=str(info.site),
             neuron=self.neuron,
             space=info.site.space,
+            k=k,
         ).to_arrow()
         of = "all" if info.keep == ALL else f"{keep_text(info.keep)} of the"
-        return found, f"over {of} content rows"
+        n_groups = found.column("n_groups")[0].as_py() if len(found) else 0
+        return Groups(found.drop_columns("n_groups"), n_groups, f"over {of} content rows")
 
 
 def _list(lists: pa.Table, side: str) -> tuple[Ids, Values]:

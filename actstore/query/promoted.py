@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actstore.site import Site
 from actstore.store import CoreStore
 
 if TYPE_CHECKING:
     from actstore.models import LanguageModel
+
+_EFFECT_BYTES = 1 << 27  # of effects at once, which are copied once
 
 PROMOTED = pa.schema(
     [
@@ -43,8 +46,8 @@ def promoted(
 ) -> pa.Table:
     """Return the tokens that sets of neurons promote and suppress most, by site and in all.
 
-    One product of the unembedding with a direction for each set and site; memory 4 bytes x tokens
-    x sets x (sites + 1).
+    One product of the unembedding with a direction for each set and site; memory 4 bytes x channels
+    for each of these, and some 256 MB for the effects of as many of them at once as fit there.
 
     Parameters
     ----------
@@ -80,30 +83,37 @@ def promoted(
     by_site = np.stack([model.written(site, weights[site]) for site in sites])
     places: list[str | None] = [None, *map(str, sites)]
     n_sets = by_site.shape[1]
-    effects = path.effects(np.concatenate([by_site.sum(axis=0), *by_site]))
-    token_ids, texts = _used(store, effects.shape[1])
-    rows = []
-    for i, of in enumerate(effects):
-        held = of[token_ids].astype(np.float64)
-        held -= held.mean()
-        deviation = held.std()
-        if not deviation > 0:
-            continue
-        for side, sign in (("promoted", -1.0), ("suppressed", 1.0)):
-            for rank, at in enumerate(_lowest(sign * held, k), 1):
-                rows.append(
-                    {
-                        "number": i % n_sets,
-                        "site": places[i // n_sets],
-                        "side": side,
-                        "rank": rank,
-                        "token_id": int(token_ids[at]),
-                        "token": texts[at],
-                        "effect": float(held[at]),
-                        "deviations": float(held[at] / deviation),
-                    }
-                )
-    return pa.Table.from_pylist(rows, schema=PROMOTED)
+    directions = np.concatenate([by_site.sum(axis=0), *by_site])
+    n_tokens = len(path.unembedding)
+    token_ids = _used(store, n_tokens)
+    step = max(1, _EFFECT_BYTES // (4 * n_tokens))
+    pieces = []
+    for start in range(0, len(directions), step):
+        rows = []
+        for i, of in enumerate(path.effects(directions[start : start + step]), start):
+            held = of[token_ids].astype(np.float64)
+            held -= held.mean()
+            deviation = held.std()
+            if not deviation > 0:
+                continue
+            for side, sign in (("promoted", -1.0), ("suppressed", 1.0)):
+                best = _lowest(sign * held, k)
+                texts = store.texts_of(token_ids[best]).to_pylist()
+                for rank, (at, text) in enumerate(zip(best, texts, strict=True), 1):
+                    rows.append(
+                        {
+                            "number": i % n_sets,
+                            "site": places[i // n_sets],
+                            "side": side,
+                            "rank": rank,
+                            "token_id": int(token_ids[at]),
+                            "token": text,
+                            "effect": float(held[at]),
+                            "deviations": float(held[at] / deviation),
+                        }
+                    )
+        pieces.append(pa.Table.from_pylist(rows, schema=PROMOTED))
+    return pa.concat_tables(pieces)
 
 
 def _lowest(values: npt.NDArray[np.float64], k: int) -> list[int]:
@@ -114,11 +124,9 @@ def _lowest(values: npt.NDArray[np.float64], k: int) -> list[int]:
     return found
 
 
-def _used(store: CoreStore, n_tokens: int) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Return ids and texts of the tokens that are in the vocabulary and have a logit, ascending."""
-    vocabulary = store.vocabulary.sort_by("token_id")
-    ids = vocabulary.column("token_id").to_numpy()
-    held = [i for i, piece in enumerate(vocabulary.column("piece").to_pylist()) if piece]
-    held = [i for i in held if ids[i] < n_tokens]
-    texts = vocabulary.column("text").take(held).to_pylist()
-    return ids[held].astype(np.int64), texts
+def _used(store: CoreStore, n_tokens: int) -> npt.NDArray[np.int64]:
+    """Return the ids of the tokens that are in the vocabulary and have a logit, ascending."""
+    vocabulary = store.vocabulary
+    named = vocabulary.filter(pc.greater(pc.binary_length(vocabulary.column("piece")), 0))
+    ids = np.sort(named.column("token_id").to_numpy()).astype(np.int64)
+    return ids[ids < n_tokens]

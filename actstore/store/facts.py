@@ -57,16 +57,20 @@ class Facts:
         self.path = Path(path).absolute()  # a process may change its folder
         root = self.path / "zarr.json"
         if not root.is_file():
-            found = "a folder without a store" if self.path.is_dir() else "not a folder"
+            found = "does not exist"
+            if self.path.exists():
+                found = "is a folder without a store" if self.path.is_dir() else "is not a folder"
             raise StoreNotFound(
-                f"{self.path} is {found} (it has no zarr.json). Make a store there with "
-                "actstore.capture(model, corpus, path), or check the path."
+                f"store = {str(path)!r} was given; expected the folder of a store, with its "
+                f"zarr.json, and {self.path} {found}. Check the path, or make a store there with "
+                "actstore.capture(model, corpus, path) (actstore capture MODEL CORPUS STORE)."
             )
         document = durable.read_json(root)
         attributes = document.get("attributes") if isinstance(document, dict) else None
         if not isinstance(attributes, dict) or "actstore" not in attributes:
             raise StoreNotFound(
-                f"{self.path} is a Zarr group that actstore did not make. Check the path."
+                f"store = {str(path)!r} was given; expected the folder of a store, and {self.path} "
+                "is a Zarr group that actstore did not make. Check the path."
             )
         self.meta = StoreMeta.from_json(attributes["actstore"], str(self.path))
         for info in self.meta.sites:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from actstore.counted import counted
 from actstore.site import summarize
 from actstore.store.core import CoreStore
 from actstore.store.meta import SiteInfo
@@ -74,7 +75,9 @@ class Info:
         """Return the facts as labelled lines, as they are printed."""
         model = self.model
         complete = "" if self.n_rows == self.n_rows_planned else f" of {self.n_rows_planned:,}"
-        segments = "" if not complete else f" of {self.n_segments_planned:,}"
+        segments = counted(self.n_segments, "segment")
+        if complete:
+            segments = f"{self.n_segments:,} of {counted(self.n_segments_planned, 'segment')}"
         lines = [
             ("store", self.path),
             (
@@ -82,12 +85,15 @@ class Info:
                 f"{model['name']} ({model['architecture']}, {model['n_parameters']:,} parameters, "
                 f"{model['dtype']})",
             ),
-            ("documents", f"{self.n_documents:,} in windows of at most {self.context:,} tokens"),
+            ("documents", f"{self.n_documents:,} in windows of at most {counted(self.context, 'token')}"),
             (
                 "rows",
-                f"{self.n_rows:,}{complete} tokens in {self.n_segments:,}{segments} segments",
+                f"{self.n_rows:,}{complete} tokens in {segments}",
             ),
-            ("columns", f"{self.n_neurons:,} over {sum(s.n_sites for s in self.sites)} sites"),
+            (
+                "columns",
+                f"{self.n_neurons:,} over {counted(sum(s.n_sites for s in self.sites), 'site')}",
+            ),
         ]
         for site in self.sites:
             lines.append(
@@ -99,7 +105,7 @@ class Info:
         if self.n_overflow or self.n_nan:
             lines.append(("warning", f"{self.n_overflow:,} values saturated, {self.n_nan:,} NaN"))
         if self.indexed < self.n_segments:
-            found = f"covers {self.indexed} of {self.n_segments} segments"
+            found = f"covers {self.indexed:,} of {counted(self.n_segments, 'segment')}"
             lines.append(("index", f"{found}: actstore finish {self.path}"))
         lines.append(("results", ", ".join(self.results) or "none yet"))
         return lines

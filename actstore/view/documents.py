@@ -7,6 +7,7 @@ tokenizer may share a character: the later ones then have no characters of their
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from actstore.errors import ArgumentError, RowNotFound
 from actstore.store import SPECIAL, CoreStore
+from actstore.view.cut import cut
 
 Ids = npt.NDArray[np.int64]
 
@@ -31,7 +33,8 @@ class ShownDocument:
     source: str
     """Where it came from."""
     text: str
-    """Its text; where tokens were left out at the end, up to the last token that is shown."""
+    """Its text; where tokens were left out at the end, up to the last token that is shown; of
+    tokens too long to be looked at their beginnings."""
     n_tokens: int
     """Tokens of the whole document."""
     row_ids: Ids
@@ -124,6 +127,7 @@ def read(
     text = str(stored["text"])
     if tokens.num_rows == max_tokens:
         text = text[: int(ends.max())]
+    text, starts, ends = _short(text, starts, ends)
     return ShownDocument(
         document,
         str(stored["source"]),
@@ -132,6 +136,15 @@ def read(
         tokens.column("row_id").to_numpy(),
         _cuts(text, starts, ends),
     )
+
+
+def _short(text: str, starts: Ids, ends: Ids) -> tuple[str, Ids, Ids]:
+    """Return a text with its long tokens, and what is between tokens, cut; and where tokens are."""
+    edges = np.unique(np.clip(np.concatenate([starts, ends, [0, len(text)]]), 0, len(text)))
+    pieces = [cut(text[a:b]) for a, b in itertools.pairwise(edges.tolist())]
+    moved = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+    places = [moved[np.searchsorted(edges, np.clip(of, 0, len(text)))] for of in (starts, ends)]
+    return "".join(pieces), places[0], places[1]
 
 
 def _cuts(text: str, starts: Ids, ends: Ids) -> list[int]:

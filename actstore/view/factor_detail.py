@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from actstore.decompose import Factors
 from actstore.query import snippets
 from actstore.store import CoreStore
+from actstore.view.cut import cut, cut_after, cut_before
 
 _TOP_TOKENS = 8
 _EXEMPLARS = 12
@@ -170,7 +170,7 @@ def _types(store: CoreStore, factors: Factors) -> dict[int, dict[str, list[list[
         for k, rows in _tables(factors, "factor_tokens").items()
     }
     ids = [row["token_id"] for lists in chosen.values() for rows in lists.values() for row in rows]
-    texts = token_texts(store, pa.chunked_array([pa.array(ids, pa.int32())]))
+    texts = token_texts(store, ids)
 
     def entry(row: dict[str, Any]) -> list[Any]:
         lift = row["lift"]
@@ -220,7 +220,7 @@ def _exemplars(store: CoreStore, factors: Factors, space: str) -> list[dict[str,
     """Return each factor's top tokens, all different, and exemplars of every kind in context."""
     table = factors.table("factor_exemplars").sort_by("rank")
     top = table.filter(pc.equal(table.column("side"), "top"))
-    text_of = token_texts(store, top.column("token_id"))
+    text_of = token_texts(store, top.column("token_id").to_pylist())
     words: list[dict[str, str]] = [{} for _ in range(factors.n_components)]
     for row in top.to_pylist():
         word = text_of[row["token_id"]]
@@ -237,9 +237,9 @@ def _exemplars(store: CoreStore, factors: Factors, space: str) -> list[dict[str,
                 "bin": row.get("bin"),
                 "document": text.document,
                 "source": text.source,
-                "before": text.before,
-                "token": text.token,
-                "after": text.after,
+                "before": cut_before(text.before),
+                "token": cut(text.token),
+                "after": cut_after(text.after),
             }
         )
     return [
@@ -251,10 +251,11 @@ def _exemplars(store: CoreStore, factors: Factors, space: str) -> list[dict[str,
     ]
 
 
-def token_texts(store: CoreStore, token_ids: pa.ChunkedArray) -> dict[int, str]:
+def token_texts(store: CoreStore, token_ids: Collection[int]) -> dict[int, str]:
     """Return the texts of token types; of one that the vocabulary lacks its number."""
-    vocabulary = store.vocabulary
-    wanted = vocabulary.filter(pc.is_in(vocabulary.column("token_id"), token_ids.unique()))
-    ids, texts = wanted.column("token_id").to_pylist(), wanted.column("text").to_pylist()
-    found = dict(zip(ids, texts, strict=True))
-    return {i: found.get(i, f"token {i}") for i in token_ids.unique().to_pylist()}
+    unique = sorted(set(token_ids))
+    texts = store.texts_of(np.array(unique, np.int64)).to_pylist()
+    return {
+        i: f"token {i}" if text is None else cut(text)
+        for i, text in zip(unique, texts, strict=True)
+    }

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from actstore.counted import counted
 from actstore.decompose import Factors
 from actstore.query import Answer
 from actstore.site import summarize
@@ -30,9 +31,10 @@ def headline(factors: Factors) -> str:
             "factors explain the positive part of the activations alone"
         )
     lines.append(
-        f"{factors.name}: {factors.n_components} factors of "
-        f"{summarize(info.site for info in factors.sites)} ({factors.n_neurons:,} neurons) over "
-        f"{summary['n_rows']:,} rows ({summary['rows']}) of {factors.store.path}"
+        f"{factors.name}: {counted(factors.n_components, 'factor')} of "
+        f"{summarize(info.site for info in factors.sites)} "
+        f"({counted(factors.n_neurons, 'neuron')}) over {counted(summary['n_rows'], 'row')} "
+        f"({summary['rows']}) of {factors.store.path}"
     )
     quality = []
     if summary.get("error") is not None:
@@ -49,7 +51,7 @@ def headline(factors: Factors) -> str:
         if certificates.get(name) is not None
     ]
     if certificates.get("unconverged_rows"):
-        quality.append(f"{certificates['unconverged_rows']:,} rows not converged")
+        quality.append(f"{counted(certificates['unconverged_rows'], 'row')} not converged")
     lines.append(", ".join(quality))
     seconds = sum(summary["seconds"].values())
     read = f"{summary['bytes_read'] / 1e9:,.2f} GB read"
@@ -63,9 +65,7 @@ def factor_table(factors: Factors) -> Answer:
     """Return one row a factor: its share, neurons, where it lies and what it responds to."""
     types = factors.table("factor_tokens")
     types = types.filter(pa.compute.less_equal(types.column("rank"), _TOKENS))
-    vocabulary = factors.store.vocabulary
-    places = pa.compute.index_in(types.column("token_id"), vocabulary.column("token_id"))
-    texts = vocabulary.column("text").take(places).to_pylist()
+    texts = factors.store.texts_of(types.column("token_id").to_numpy()).to_pylist()
     tokens: list[list[str]] = [[] for _ in range(factors.n_components)]
     for factor, token_id, text in zip(
         types.column("factor").to_pylist(), types.column("token_id").to_pylist(), texts, strict=True

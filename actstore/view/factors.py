@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from actstore.counted import counted
 from actstore.decompose import Factors
 from actstore.errors import ArgumentError, RowNotFound
 from actstore.store import CoreStore
@@ -98,7 +99,7 @@ def factor_view(
         if written is not None:
             entry["promoted"] = written[entry["factor"]]
     name = store.meta.model.get("name", str(store.path))
-    title = f"{factors.n_components} factors of {name}"
+    title = f"{counted(factors.n_components, 'factor')} of {name}"
     n_held = len(np.unique(windows.column("document").to_numpy()))
     note = f"{len(shown):,} of {n_held:,}{'' if documents is not None else ', spread evenly'}"
     return View(
@@ -140,7 +141,7 @@ def _facts(factors: Factors) -> list[list[str]]:
     facts = [
         [factors.result.kind.upper(), factors.name],
         ["rows", f"{summary['n_rows']:,} ({summary['rows']})"],
-        ["neurons", f"{neurons:,} at {len(factors.sites)} sites"],
+        ["neurons", f"{neurons:,} at {counted(len(factors.sites), 'site')}"],
     ]
     single = summary.get("certificates", {}).get("one_factor_error")
     for words, error in (("relative error", summary.get("error")), ("that of one factor", single)):

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from actstore.counted import counted
 from actstore.decompose import Factors
 from actstore.errors import ArgumentError, ModelError
-from actstore.query import Database, NeuronIndex, Portrait, Shown
+from actstore.query import Answer, Database, NeuronIndex, Portrait, Shown
 from actstore.query.neuron import Replay
 from actstore.site import Site
 from actstore.store import CoreStore
 from actstore.store.budget import as_count
 from actstore.store.stored_rows import keep_text
+from actstore.view.cut import cut
 from actstore.view.factor_detail import short
 from actstore.view.notebook import neuron_notebook
 from actstore.view.page import PlainTable, View
@@ -107,7 +109,7 @@ class Neuron:
         return (
             f"<Neuron {self.site}:{self.neuron} of {self.store.path}: mean "
             f"{_words(statistics['mean'])}, max {_words(statistics['max'])} over "
-            f"{statistics['n']:,} content rows>"
+            f"{counted(statistics['n'], 'content row')}>"
         )
 
     @cached_property
@@ -131,7 +133,7 @@ class Neuron:
             self._index, self._database, replay=self._replay, by=self.by, written=written
         )
 
-    def promoted(self, k: int = 10) -> pa.Table:
+    def promoted(self, k: int = 10) -> Answer:
         """Return the tokens whose logits the neuron raises and lowers most by the direct path.
 
         Parameters
@@ -141,7 +143,7 @@ class Neuron:
 
         Returns
         -------
-        pyarrow.Table
+        Answer
             neuron, site, side, rank, token_id, token, effect and
             deviations, as `actstore.view.Factors.promoted`.
 
@@ -161,7 +163,8 @@ class Neuron:
         weights = neuron_weights(self.store, self.site, self.neuron)
         table = promoted_table(self.store, self._model(), weights, as_count("k", k, 1), "neuron")
         mine = table.filter(table.column("site").is_valid())
-        return mine.set_column(0, "neuron", pa.array([self.neuron] * len(mine), pa.int32()))
+        numbers = pa.array([self.neuron] * len(mine), pa.int32())
+        return Answer(mine.set_column(0, "neuron", numbers))
 
     def _written(self, model: LanguageModel) -> dict[str, Any] | None:
         """Return the promoted tokens for the view, or why there are none."""
@@ -215,7 +218,7 @@ def neuron_view(
     sizes = [abs(v) for v in held if v != 0]
     # A neuron that dips a little below zero, as GELU does, is one-sided to the eye all the same.
     signed = min(held, default=0.0) < -_DIP * max(held, default=0.0)
-    kin, (means, of_what) = index.kin(database), index.means(database, by)
+    kin, groups = index.kin(database), index.means(database, by, _GROUPS_SHOWN // 2)
     title = f"{info.site}, neuron {index.neuron} of {store.meta.model.get('name', store.path)}"
     return View(
         title,
@@ -236,14 +239,11 @@ def neuron_view(
             "kin": {"measure": kin.measure, "words": kin.words, "neurons": kin.neurons},
             "means": {
                 "by": by,
-                "words": of_what,
-                "n_groups": len(means),
+                "words": groups.words,
+                "n_groups": groups.n_groups,
                 "rows": [
-                    [_words(key), int(n), short(mean)]
-                    for key, n, mean in zip(
-                        *(_ends(means.column(c).to_pylist()) for c in ("key", "n", "mean")),
-                        strict=True,
-                    )
+                    [cut(_words(row["key"])), int(row["n"]), short(row["mean"])]
+                    for row in groups.means.to_pylist()
                 ],
             },
         },
@@ -252,7 +252,7 @@ def neuron_view(
             "that runs scripts.",
             ["value", "row_id", "document", "text"],
             [
-                [_words(e.value), str(e.row_id), c.source, "".join(c.tokens)]
+                [_words(e.value), str(e.row_id), c.source, "".join(map(cut, c.tokens))]
                 for e, c in zip(portrait.exemplars, portrait.contexts, strict=True)
                 if e.group == "top"
             ],
@@ -263,7 +263,7 @@ def neuron_view(
 def _facts(index: NeuronIndex, statistics: Mapping[str, Any]) -> list[list[str]]:
     info = index.info
     covered, committed = len(index.generation.covers), len(index.store.committed)
-    behind = "" if covered == committed else f", {covered} of {committed} segments"
+    behind = "" if covered == committed else f", {covered:,} of {counted(committed, 'segment')}"
     return [
         ["site", f"{info.site} ({info.side} of {info.module})"],
         ["rows", f"{statistics['n']:,} (content{behind})"],
@@ -336,7 +336,7 @@ def _exemplars(portrait: Portrait, largest: float, signed: bool) -> list[list[An
                 "place": context.place,
                 "first": int(context.row_ids[0]),
                 "rows": np.diff(context.row_ids).tolist(),
-                "tokens": context.tokens,
+                "tokens": list(map(cut, context.tokens)),
                 "values": embedded(quantised(values, largest, signed=signed)),
             }
         )
@@ -373,9 +373,3 @@ def _factors(index: NeuronIndex) -> list[dict[str, Any]]:
         if len(found) == _FITS:
             break
     return found
-
-
-def _ends(values: list[Any]) -> list[Any]:
-    """Return the first and the last of many."""
-    half = _GROUPS_SHOWN // 2
-    return values if len(values) <= _GROUPS_SHOWN else [*values[:half], *values[-half:]]

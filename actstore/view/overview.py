@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from actstore.counted import counted
 from actstore.site import Site, summarize
 from actstore.store import CoreStore, Generation, Result, SiteInfo
 from actstore.store.info import Info, info, module_pattern
@@ -38,7 +39,7 @@ def overview(store: CoreStore) -> View:
     """
     facts = info(store)
     name = facts.model.get("name", store.path)
-    title = f"{name}: {facts.n_rows:,} rows at {len(store.sites)} sites"
+    title = f"{name}: {counted(facts.n_rows, 'row')} at {counted(len(store.sites), 'site')}"
     model, corpus, sites = _model(facts), _corpus(store, facts), _sites(store)
     results = [_result(result) for result in store.results()]
     return View(
@@ -87,7 +88,7 @@ def _warnings(facts: Info) -> list[str]:
         )
     if facts.indexed < facts.n_segments:
         found.append(
-            f"The index covers {facts.indexed:,} of {facts.n_segments:,} segments; "
+            f"The index covers {facts.indexed:,} of {counted(facts.n_segments, 'segment')}; "
             "store.finish() brings it up to date."
         )
     if facts.n_nan or facts.n_overflow:
@@ -109,7 +110,7 @@ def _corpus(store: CoreStore, facts: Info) -> list[list[str]]:
     windows = sum(part.n_windows for part in store.parts)
     return [
         ["documents", f"{facts.n_documents:,}"],
-        ["windows", f"{windows:,} of at most {facts.context:,} tokens"],
+        ["windows", f"{windows:,} of at most {counted(facts.context, 'token')}"],
         ["rows", f"{facts.n_rows:,} of {facts.n_rows_planned:,} planned"],
         ["segments", f"{facts.n_segments:,} of {facts.n_segments_planned:,}"],
         ["kept", "all rows" if facts.keep == "all" else f"{facts.keep} of the content rows"],
@@ -190,34 +191,34 @@ def _strengths(store: CoreStore, generation: Generation) -> dict[str, tuple[floa
 
 
 _OPENS = {
-    "nmf": "factors({name})",
-    "pca": 'factors({name}, kind="pca")',
-    "ica": 'factors({name}, kind="ica")',
-    "similarity": "similarity_result({name})",
+    "nmf": "store.factors({name}).view()",
+    "pca": 'store.factors({name}, kind="pca").view()',
+    "ica": 'store.factors({name}, kind="ica").view()',
+    "similarity": "store.similarity_result({name}).view()",
+    "stability": "store.stability_result({name}).df()",
 }
 
 
 def _result(result: Result) -> dict[str, Any]:
     document = result.document
     what = ""
-    if "n_components" in document and result.kind in _OPENS:
-        what = f"{document['n_components']} factors"
+    if result.kind == "stability":
+        what = f"{document['n_stable']} of {counted(document['n_components'], 'factor')} of "
+        what += f"{document['factors']} {'is' if document['n_stable'] == 1 else 'are'} stable"
+    elif "n_components" in document:
+        what = counted(document["n_components"], "factor")
         if document.get("error") is not None:
             what += f", relative error {document['error']:.3f}"
     elif result.kind == "similarity":
         half = document["half_width"]
         what = f"{str(document['measure']).upper()}, {f'± {half:.4f}' if half else 'exact'}"
-    elif result.kind == "stability":
-        what = f"{document['n_stable']} of {document['n_components']} factors of "
-        what += f"{document['factors']} are stable"
-    call = _OPENS.get(result.kind, "").format(name=json.dumps(result.name))
     return {
         "kind": result.kind,
         "name": result.name,
         "created": str(document["created"])[:16].replace("T", " "),
         "sites": _summary(document.get("sites", ())),
         "what": what,
-        "code": f"store.{call}.view()" if call else "",
+        "code": _OPENS.get(result.kind, "").format(name=json.dumps(result.name)),
     }
 
 

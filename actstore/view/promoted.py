@@ -13,6 +13,7 @@ from actstore.errors import ArgumentError
 from actstore.query import promoted
 from actstore.site import Site, summarize
 from actstore.store import CoreStore
+from actstore.view.cut import cut
 
 if TYPE_CHECKING:
     from actstore.models import LanguageModel
@@ -71,7 +72,7 @@ def promoted_entries(
     found: list[dict[str, Any]] = [{"all": [[], []], "sites": []} for _ in range(n_sets)]
     by_site: list[dict[str, list[Any]]] = [{} for _ in range(n_sets)]
     for row in table.to_pylist():
-        entry = [row["token"], _short(row["deviations"]), _short(row["effect"])]
+        entry = [cut(row["token"]), _short(row["deviations"]), _short(row["effect"])]
         side = int(row["side"] == "suppressed")
         if row["site"] is None:
             found[row["number"]]["all"][side].append(entry)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
-import pyarrow as pa
 
 from actstore import decompose
 from actstore.decompose import Projection, Stability
-from actstore.query import Condition, Database
+from actstore.query import Answer, Condition, Database
 from actstore.store import Rows
 from actstore.store.budget import Progress, as_count
 from actstore.view.factor_table import factor_table, headline
@@ -77,7 +76,7 @@ class Factors(decompose.Factors):
 
     def promoted(
         self, k: int = 10, *, model: Any = None, tokenizer: Any = None, device: str = "auto"
-    ) -> pa.Table:
+    ) -> Answer:
         """Return the tokens whose logits each factor raises and lowers most by the direct path.
 
         The direct path: a score of 1 stands for activations of the factor's FFNN neurons; what
@@ -97,7 +96,7 @@ class Factors(decompose.Factors):
 
         Returns
         -------
-        pyarrow.Table
+        Answer
             factor, site (null for all together), side ("promoted", "suppressed"), rank, token_id,
             token, effect (from the mean over all tokens, without the norm's division), deviations
             (the same in standard deviations of all tokens').
@@ -116,7 +115,8 @@ class Factors(decompose.Factors):
         """
         weights = factor_weights(self)
         loaded = self._model(model, tokenizer, device)
-        return promoted_table(self.store, loaded, weights, as_count("k", k, 1), "factor")
+        k = as_count("k", k, 1)
+        return Answer(promoted_table(self.store, loaded, weights, k, "factor"))
 
     def _model(self, model: Any, tokenizer: Any, device: str) -> LanguageModel:
         # Here: it loads transformers, which a look at factors does not need.
@@ -194,14 +194,64 @@ class Factors(decompose.Factors):
         rule = "all" if self.summary["rows"] == "all" else "content"
         return decompose.project(self, rule, store=store, budget=budget)
 
-    def clusters(self, n_clusters: int, *, seed: int = 0) -> pa.Table:
+    def clusters(self, n_clusters: int, *, seed: int = 0) -> Answer:
         """Cluster neurons that take part in the same factors: site, neuron, cluster, cosine.
 
         See Also
         --------
         actstore.decompose.cluster_neurons : how.
         """
-        return decompose.cluster_neurons(self, n_clusters, seed=seed)
+        return Answer(decompose.cluster_neurons(self, n_clusters, seed=seed))
+
+    # What the base class gives as Arrow is printed, and looked at in a notebook, as answers are.
+
+    def top_neurons(self, factor: int, k: int = 20) -> Answer:  # type: ignore[override]
+        """Return the neurons with a factor's largest loadings."""
+        return Answer(super().top_neurons(factor, k))
+
+    def top_tokens(  # type: ignore[override]
+        self, factor: int, k: int = 20, side: str = "top"
+    ) -> Answer:
+        """Return the rows with a factor's highest scores, with the text of their tokens.
+
+        See Also
+        --------
+        actstore.decompose.Factors.top_tokens : parameters, cost, columns.
+        """
+        return Answer(super().top_tokens(factor, k, side))
+
+    def token_types(  # type: ignore[override]
+        self, factor: int, k: int = 20, by: str = "mean"
+    ) -> Answer:
+        """Return the token types on which a factor is highest, with their text.
+
+        See Also
+        --------
+        actstore.decompose.Factors.token_types : parameters, columns.
+        """
+        return Answer(super().token_types(factor, k, by))
+
+    def top_documents(  # type: ignore[override]
+        self, factor: int, k: int = 20, by: str = "mean"
+    ) -> Answer:
+        """Return the documents in which a factor is highest, with their source.
+
+        See Also
+        --------
+        actstore.decompose.Factors.top_documents : parameters, columns.
+        """
+        return Answer(super().top_documents(factor, k, by))
+
+    def top_positions(  # type: ignore[override]
+        self, factor: int, k: int = 20, by: str = "share"
+    ) -> Answer:
+        """Return the positions at which a factor is highest: position, n, mean, share.
+
+        See Also
+        --------
+        actstore.decompose.Factors.top_positions : parameters.
+        """
+        return Answer(super().top_positions(factor, k, by))
 
     def stability(
         self,

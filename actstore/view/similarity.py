@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from actstore.counted import counted
 from actstore.decompose import Similarity
 from actstore.site import Site
 from actstore.store import CoreStore
@@ -40,7 +41,7 @@ def similarity_view(store: CoreStore, similarity: Similarity) -> View:
     measure = str(summary["measure"]).upper()
     model = store.meta.model.get("name", store.path)
     other = summary.get("other")
-    title = f"{measure} between {len(rows)} sites of {model}"
+    title = f"{measure} between {counted(len(rows), 'site')} of {model}"
     names = [str(model), str(other.get("model") or other["path"])] if other else []
     if other:
         title += f" and {len(columns)} of {names[1]}"

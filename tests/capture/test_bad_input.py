@@ -354,7 +354,7 @@ def test_a_folder_that_is_no_store(toy_bert: LanguageModel, tmp_path: Path) -> N
     (tmp_path / "thesis.tex").write_text("years of work")
     refused(
         StoreNotFound,
-        r"is a folder without a store \(it has no zarr.json\)",
+        r"with its zarr.json, and .* is a folder without a store",
         lambda: run_capture("no/such/model/at/all", text="the war", path=tmp_path),
     )
     refused(StoreNotFound, "without a store", lambda: capture(toy_bert, DOCUMENTS, tmp_path))

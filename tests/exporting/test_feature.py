@@ -215,8 +215,8 @@ def test_factors_are_their_scores(small_store, tmp_path):
         expected = factors.scores(activation["actstore"]["row_ids"])[:, 1].astype(np.float64)
         np.testing.assert_array_equal(activation["values"], expected)
     top = groups(document)["top"]
-    tokens = factors.top_tokens(1, 1)
-    assert top[0]["actstore"]["row_id"] == tokens.column("row_id")[0].as_py()
+    (token,) = factors.top_tokens(1, 1)
+    assert top[0]["actstore"]["row_id"] == token["row_id"]
     ids = [a["actstore"]["row_id"] for a in top]
     windows = small_store.tokens_of(ids).column("window_id").to_pylist()
     assert len(set(windows)) == len(windows) > 1

@@ -83,13 +83,14 @@ def test_kin_are_correlations_where_there_is_a_gram(captured):
 
 def test_means_by_source_are_those_of_numpy(captured):
     """Means of groups are over the content rows of just these documents, highest first."""
-    found, words = NeuronIndex.of(captured, SITE, 9).means(Database(captured))
+    groups = NeuronIndex.of(captured, SITE, 9).means(Database(captured))
 
     row_ids, values = content(captured, SITE)
     tokens = {token["row_id"]: token for token in all_tokens(captured).to_pylist()}
     group = np.array([f"s{tokens[row_id]['document'] % 2}" for row_id in row_ids.tolist()])
     column = values[:, 9].astype(np.float64)
-    assert words == "over all content rows"
+    found = groups.means
+    assert (groups.n_groups, groups.words) == (2, "over all content rows")
     assert found.column("mean").to_pylist() == sorted(found.column("mean").to_pylist())[::-1]
     assert set(found.column("key").to_pylist()) == {"s0", "s1"}
     for row in found.to_pylist():
@@ -97,10 +98,21 @@ def test_means_by_source_are_those_of_numpy(captured):
         assert row["mean"] == pytest.approx(column[group == row["key"]].mean())
 
 
+@pytest.mark.parametrize("key", ["row_id", "nullif(row_id % 5, 0)"])
+def test_of_many_groups_the_ends_are_given(captured, key):
+    """Of more groups than are asked for come the highest and the lowest, in order; NULL is one."""
+    index, database = NeuronIndex.of(captured, SITE, 9), Database(captured)
+    every = index.means(database, key, k=10**6)
+    few = index.means(database, key, k=2)
+
+    assert few.n_groups == every.n_groups == len(every.means) > 4
+    assert few.means.to_pylist() == [*every.means.to_pylist()[:2], *every.means.to_pylist()[-2:]]
+
+
 def test_a_key_of_means_is_one_expression(captured):
     """Two columns, and SQL that is none, are refused before anything is read."""
     index = NeuronIndex.of(captured, SITE, 9)
-    with pytest.raises(QueryError, match=r"by = 'source, document' is 2 columns; expected one"):
+    with pytest.raises(QueryError, match=r"by = 'source, document' of means is 2 columns; expected"):
         index.means(Database(captured), "source, document")
     with pytest.raises(QueryError, match="sauce"):
         index.means(Database(captured), "sauce")
@@ -113,11 +125,11 @@ def test_means_say_what_they_are_over(keep, words):
     store = actstore.capture(module, text=TEXTS, tokenizer=tokenizer, keep=keep)
     index = NeuronIndex.of(store, SITE, 2)
 
-    found, said = index.means(Database(store))
+    groups = index.means(Database(store))
 
-    assert said.startswith(words)
+    assert groups.words.startswith(words)
     stored = 0 if keep == "none" else len(store[SITE].row_ids())
-    assert sum(found.column("n").to_pylist()) == stored
+    assert sum(groups.means.column("n").to_pylist()) == stored
 
 
 def test_the_bottom_of_a_portrait_is_the_lowest_row_of_each_window(captured):

@@ -69,7 +69,7 @@ def test_a_factor_promotes_what_its_neurons_write_together(
     """Loadings over the scale of their site, times output weights, norm and head; each and all."""
     store, model, tokenizer = made
     factors = store.factors(name, kind)
-    rows = factors.promoted(model=model, tokenizer=tokenizer).to_pylist()
+    rows = list(factors.promoted(model=model, tokenizer=tokenizer))
     vocabulary = store.vocabulary.to_pylist()
     texts = {row["token_id"]: row["text"] for row in vocabulary}
     scales = factors.summary["site_scales"]
@@ -93,7 +93,7 @@ def test_a_neuron_promotes_what_its_own_output_weights_do(
     texts = {row["token_id"]: row["text"] for row in store.vocabulary.to_pylist()}
     for layer, site in enumerate(SITES):
         found = store.neuron(site, neuron, model=model, tokenizer=tokenizer)
-        rows = found.promoted().to_pylist()
+        rows = list(found.promoted())
         assert {(row["neuron"], row["site"]) for row in rows} == {(neuron, site)}
         _check(rows, _logits(model, layer)[neuron], texts)
         up, down = found.view().data["promoted"]["all"]
@@ -108,7 +108,7 @@ def test_views_say_it_only_where_a_model_is_given(made: tuple[actstore.Store, An
     assert store.neuron("mlp_post.1", 7).view().data["promoted"] is None
     with pytest.raises(ArgumentError, match=r"store.neuron\('mlp_post.1', 7, model=…\)"):
         store.neuron("mlp_post.1", 7).promoted()
-    table = factors.promoted(model=model, tokenizer=tokenizer).to_pylist()
+    table = list(factors.promoted(model=model, tokenizer=tokenizer))
     view = factors.view(model=model, tokenizer=tokenizer)
     for entry in view.data["factors"]:
         mine = [row for row in table if row["factor"] == entry["factor"]]

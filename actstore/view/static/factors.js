@@ -141,7 +141,7 @@ function draw(view, data) {
     text.replaceChildren(...pieces);
     if (current.n < current.n_tokens) {
       text.append(el("em", { class: "soft" }, current.n
-        ? ` … (the first ${number(current.n)} of ${number(current.n_tokens)} tokens)`
+        ? ` … (the first ${number(current.n)} of ${counted(current.n_tokens, "token")})`
         : " (none of its tokens is captured yet)"));
     }
     text.setAttribute("aria-label", `Text of ${visible(named(current))}; left and right arrow keys go from token to token, with Shift they select`);
@@ -205,7 +205,7 @@ function draw(view, data) {
       return { i, factor, mean, n: held.length, above: factor.std > 0 ? (mean - factor.mean) / factor.std : 0 };
     }).filter(({ n, above }) => n && above > 0).sort((a, b) => b.above - a.above).slice(0, 5);
     const words = marked(current.text.slice(chosenSpans[0].start, chosenSpans.at(-1).end));
-    const title = `What stands out at ${tokens.length} ${tokens.length === 1 ? "token" : "tokens"}`;
+    const title = `What stands out at ${counted(tokens.length, "token")}`;
     const choices = ranked.map(({ i, factor, mean, above }) => {
       const button = el("button", { type: "button" }, `factor ${factor.factor}`);
       button.addEventListener("click", () => choose(i));
@@ -242,7 +242,7 @@ function draw(view, data) {
     if (!ranked.length) return [];
     const most = Math.max(...ranked.map(([, [, top]]) => top));
     return [grid(["neuron", "among the three strongest at", "most above its mean, in standard deviations"], ranked.map(([neuron, [, top, count]]) =>
-      [neuronName(neuron), `${count} of ${tokens.length} tokens`, meter(top, most, `${number(top)} σ`)]))];
+      [neuronName(neuron), `${count} of ${counted(tokens.length, "token")}`, meter(top, most, `${number(top)} σ`)]))];
   }
   function neuronName(neuron) {
     let rest = neuron;
@@ -292,7 +292,7 @@ function draw(view, data) {
     const listed = documents.map((doc, i) => [doc, i]).filter(([doc]) =>
       !wanted || named(doc).toLowerCase().includes(wanted) || doc.text.toLowerCase().includes(wanted));
     select.replaceChildren(...listed.map(([doc, i]) =>
-      el("option", { value: i }, `${marked(named(doc)).replaceAll("\u2423", " ")} (${number(doc.n_tokens)} tokens)`)));
+      el("option", { value: i }, `${marked(named(doc)).replaceAll("\u2423", " ")} (${counted(doc.n_tokens, "token")})`)));
     count.textContent = wanted
       ? `${listed.length} of ${documents.length} match` : data.documents_note;
     return listed.map(([, i]) => i);
@@ -508,7 +508,7 @@ function draw(view, data) {
       ...factor.badges.map(([name, words]) => el("span", { class: "soft" }, el("span", { class: "badge" }, name), ` ${words}`))),
       el("div", { class: "columns" },
         el("div", {},
-          section(factor.neurons.length < sites.length ? `The ${factor.neurons.length} sites with the largest shares` : "Neurons by site", neuronTable(factor)),
+          section(factor.neurons.length < sites.length ? `The ${counted(factor.neurons.length, "site")} with the largest shares` : "Neurons by site", neuronTable(factor)),
           ...(factor.positions ? [section("Score over the position in a window", positionChart(factor.positions))] : []),
           ...(factor.documents ? [section("Documents with the highest mean scores, those of few rows last", documentTable(factor.documents))] : []),
           compareSection(index)),

@@ -26,7 +26,7 @@ function draw(view, data) {
       return node;
     });
     function words([a, b, n]) {
-      return `${number(a)} to ${number(b)}: ${number(n)} rows, ${percent(n / data.n)}`;
+      return `${number(a)} to ${number(b)}: ${counted(n, "row")}, ${percent(n / data.n)}`;
     }
     const chart = svg("svg", { class: "chart bars", viewBox: "0 0 100 60", preserveAspectRatio: "none", role: "group",
       "aria-label": "Histogram; arrow keys go from bar to bar" }, ...nodes,
@@ -53,7 +53,7 @@ function draw(view, data) {
     return el("figure", { class: "histogram" },
       el("div", { class: "axis" }, el("span", {}, "more"), el("span", { class: "turned" }, "rows (log scale)"), el("span", {}, "fewer")),
       chart,
-      el("figcaption", {}, el("span", {}, number(low)), el("span", {}, `activation, over ${number(data.n)} rows${low < 0 && high > 0 ? "; dashed: zero" : ""}`), el("span", {}, number(high))));
+      el("figcaption", {}, el("span", {}, number(low)), el("span", {}, `activation, over ${counted(data.n, "row")}${low < 0 && high > 0 ? "; dashed: zero" : ""}`), el("span", {}, number(high))));
   }
 
   // -- exemplars ----------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ function draw(view, data) {
   const fits = data.factors.map(({ result, kind, n_components, factors }) => {
     const most = Math.max(...factors.map(([, loading]) => Math.abs(loading)), 1e-9);
     const name = el("bdi", {}, visible(result));
-    return el("div", { class: "fit" }, el("p", { class: "note" }, `${kind.toUpperCase()} `, name, `, ${n_components} factors`), factors.length
+    return el("div", { class: "fit" }, el("p", { class: "note" }, `${kind.toUpperCase()} `, name, `, ${counted(n_components, "factor")}`), factors.length
       ? grid(["factor", "loading", "place among its neurons"], factors.map(([factor, loading, rank]) =>
         [String(factor), meter(loading, most, number(loading)), number(rank)]))
       : note("It loads on none."));

@@ -11,7 +11,7 @@ function draw(view, data) {
     const most = Math.max(...sites.map(([, rms]) => rms ?? 0), 1e-30);
     const step = Math.min(12, 100 / sites.length);
     const words = ([site, rms, silent]) => `${site}: ` + (rms === null ? "not indexed"
-      : `root mean square ${number(rms)}${silent ? `, ${number(silent)} neurons never above zero` : ""}`);
+      : `root mean square ${number(rms)}${silent ? `, ${counted(silent, "neuron")} never above zero` : ""}`);
     const bars = sites.map((site, i) => {
       const height = Math.max(0.5, 24 * (site[1] ?? 0) / most);
       const bar = svg("rect", { x: i * step, y: 24 - height, width: step * 0.78, height });

@@ -33,6 +33,7 @@ function number(value) {
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   return size < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 }
+const counted = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
 const percent = (share) => `${(100 * share).toFixed(1)}\u202f%`;
 
 // Text with its spaces, breaks and the bounds of its tokens shown, or as it stands. The sign of a
