@@ -39,7 +39,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def made_store(texts, tmp_path_factory):
-    """A captured store of a three-layer GPT-2 with an NMF and a similarity; not to be written to."""
+    """A captured store of a three-layer GPT-2 with an NMF and a similarity; only to be read."""
     module, tokenizer = toy_model("gpt2")
     path = tmp_path_factory.mktemp("stores") / "small"
     store = actstore.capture(module, text=texts, store=path, tokenizer=tokenizer, context=16)

@@ -96,6 +96,28 @@ def test_every_argument_of_a_decomposition_can_be_given(name):
     assert function.keys() - {"store", "engine"} <= method.keys()
 
 
+@pytest.mark.parametrize(
+    ("ask", "columns"),
+    [
+        (lambda f: f.top_neurons(0, 3), "site    space  hook      layer  neuron  loading"),
+        (lambda f: f.top_tokens(0, 3), "rank"),
+        (lambda f: f.token_types(0, 3), "lift"),
+        (lambda f: f.top_documents(0, 3), "source"),
+        (lambda f: f.top_positions(0, 3), "position"),
+        (lambda f: f.clusters(3), "cosine"),
+    ],
+)
+def test_what_factors_are_asked_prints_as_a_table(small_store, ask, columns):
+    """In a terminal and in a notebook it is a table with a row a line, as of SQL."""
+    found = ask(small_store.factors("first"))
+    head, *rows = repr(found).splitlines()
+    for column in columns.split():
+        assert column in head.split()
+    assert len(rows) >= 3
+    assert found._repr_html_().startswith("<table>")
+    assert list(found.df().columns) == found.columns
+
+
 def test_info_names_the_module_and_width_of_every_site(small_store):
     """`info` shows where each site was found."""
     text = str(small_store.info())

@@ -10,8 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from actstore.capturing import DTYPES
 from actstore.cli import main
 from actstore.cli.printing import Bars
+from actstore.decompose import MEASURES
+from actstore.decompose.measuring import METHODS, VARIANTS
+from actstore.exporting import FORMS
 
 
 def lines(result):
@@ -36,6 +40,23 @@ def test_every_command_has_help_that_ends_in_an_example(run):
     for name in main.commands:
         text = run(name, "--help").output
         assert text.rstrip().splitlines()[-1].strip().startswith(f"actstore {name}")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("capture", "dtype", DTYPES),
+        ("similarity", "measure", MEASURES),
+        ("similarity", "method", METHODS),
+        ("similarity", "variant", VARIANTS),
+        ("export", "form", FORMS),
+    ],
+)
+def test_options_name_what_the_library_takes(run, command, option, values):
+    """Values of an option are those of the argument, and help says them."""
+    (found,) = (p for p in main.commands[command].params if p.name == option)
+    assert set(found.type.choices) == set(values)
+    assert all(value in run(command, "--help").output for value in values)
 
 
 def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
@@ -103,6 +124,14 @@ def test_export_writes_what_the_library_writes(run, tmp_path, small_store):
     to = tmp_path / "compared.html"
     run("export", store, "factors", "--name", "first", "--compare", "first", "--to", to)
     assert '"other":{"name":"first"' in to.read_text(encoding="utf-8")
+
+    small_store.pca("mlp_post.1", 2)
+    run("export", store, "factor", 0, "--kind", "pca", "--to", tmp_path / "pca.json")
+    assert json.loads((tmp_path / "pca.json").read_bytes())["layer"] == "pca-pca-1"
+    to = tmp_path / "none" / "7.json"
+    refused = run("export", store, "neuron", "mlp_post.1", 7, "--to", to, code=1).stderr
+    assert "Make the folder first" in refused
+    assert not to.parent.exists()
 
     rows = small_store["mlp_post.1"].row_ids()[3:6]
     ids = ",".join(map(str, rows))

@@ -140,7 +140,9 @@ def _echo_factors(factors: Any, form: str | None) -> None:
     default="cka",
     show_default=True,
 )
-@click.option("--method", type=click.Choice(["estimate", "exact"]), help="Of CKA; default estimate.")
+@click.option(
+    "--method", type=click.Choice(["estimate", "exact"]), help="Of CKA; default estimate."
+)
 @click.option("--tolerance", default=0.005, help="Half-width to stop at.", show_default=True)
 @click.option("--rows", default="content", help="content, all, or an SQL condition on tokens.")
 @click.option("--standardize", is_flag=True, help="Give every column the same variance.")

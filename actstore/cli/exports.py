@@ -25,7 +25,11 @@ _EXPORTS: dict[str, tuple[tuple[tuple[str, ...], int, tuple[str, ...]], ...]] = 
     "slice": ((("sites", "rows", "budget"), 0, (".parquet", ".safetensors")),),
 }
 """What can be exported: for files of some endings, its options and its arguments."""
-_TAKES = ("no further argument", "one further argument: FACTOR", "two further arguments: SITE NEURON")
+_TAKES = (
+    "no further argument",
+    "one further argument: FACTOR",
+    "two further arguments: SITE NEURON",
+)
 
 
 @main.command(

@@ -85,7 +85,10 @@ class Info:
                 f"{model['name']} ({model['architecture']}, {model['n_parameters']:,} parameters, "
                 f"{model['dtype']})",
             ),
-            ("documents", f"{self.n_documents:,} in windows of at most {counted(self.context, 'token')}"),
+            (
+                "documents",
+                f"{self.n_documents:,} in windows of at most {counted(self.context, 'token')}",
+            ),
             (
                 "rows",
                 f"{self.n_rows:,}{complete} tokens in {segments}",

@@ -139,9 +139,16 @@ def read(
 
 
 def _short(text: str, starts: Ids, ends: Ids) -> tuple[str, Ids, Ids]:
-    """Return a text with its long tokens, and what is between tokens, cut; and where tokens are."""
+    """Return a text with its long tokens, and the long spaces between them, cut; and its tokens.
+
+    Text between tokens is of rows that are not committed yet, and stays.
+    """
     edges = np.unique(np.clip(np.concatenate([starts, ends, [0, len(text)]]), 0, len(text)))
-    pieces = [cut(text[a:b]) for a, b in itertools.pairwise(edges.tolist())]
+    first = set(starts.tolist())
+    pieces = []
+    for a, b in itertools.pairwise(edges.tolist()):
+        piece = text[a:b]
+        pieces.append(cut(piece) if a in first or piece.isspace() else piece)
     moved = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     places = [moved[np.searchsorted(edges, np.clip(of, 0, len(text)))] for of in (starts, ends)]
     return "".join(pieces), places[0], places[1]

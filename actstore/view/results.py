@@ -205,13 +205,11 @@ class Factors(decompose.Factors):
 
     # What the base class gives as Arrow is printed, and looked at in a notebook, as answers are.
 
-    def top_neurons(self, factor: int, k: int = 20) -> Answer:  # type: ignore[override]
+    def top_neurons(self, factor: int, k: int = 20) -> Answer:
         """Return the neurons with a factor's largest loadings."""
         return Answer(super().top_neurons(factor, k))
 
-    def top_tokens(  # type: ignore[override]
-        self, factor: int, k: int = 20, side: str = "top"
-    ) -> Answer:
+    def top_tokens(self, factor: int, k: int = 20, side: str = "top") -> Answer:
         """Return the rows with a factor's highest scores, with the text of their tokens.
 
         See Also
@@ -220,9 +218,7 @@ class Factors(decompose.Factors):
         """
         return Answer(super().top_tokens(factor, k, side))
 
-    def token_types(  # type: ignore[override]
-        self, factor: int, k: int = 20, by: str = "mean"
-    ) -> Answer:
+    def token_types(self, factor: int, k: int = 20, by: str = "mean") -> Answer:
         """Return the token types on which a factor is highest, with their text.
 
         See Also
@@ -231,9 +227,7 @@ class Factors(decompose.Factors):
         """
         return Answer(super().token_types(factor, k, by))
 
-    def top_documents(  # type: ignore[override]
-        self, factor: int, k: int = 20, by: str = "mean"
-    ) -> Answer:
+    def top_documents(self, factor: int, k: int = 20, by: str = "mean") -> Answer:
         """Return the documents in which a factor is highest, with their source.
 
         See Also
@@ -242,9 +236,7 @@ class Factors(decompose.Factors):
         """
         return Answer(super().top_documents(factor, k, by))
 
-    def top_positions(  # type: ignore[override]
-        self, factor: int, k: int = 20, by: str = "share"
-    ) -> Answer:
+    def top_positions(self, factor: int, k: int = 20, by: str = "share") -> Answer:
         """Return the positions at which a factor is highest: position, n, mean, share.
 
         See Also

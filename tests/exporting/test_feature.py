@@ -224,6 +224,28 @@ def test_factors_are_their_scores(small_store, tmp_path):
     assert loading["loading"] == factors.loadings[1].max()
 
 
+@pytest.mark.parametrize("kind", ["pca", "ica"])
+def test_components_are_exported_like_factors(small_store, tmp_path, kind):
+    """Of signed scores too values are the scores, and statistics and top rows are theirs."""
+    made = getattr(small_store, kind)("mlp_post.1", 2)
+    small_store.nmf("mlp_post", 2, name="newer")
+    document = json.loads(small_store.export_factor(1, tmp_path / "f.json", kind=kind).read_bytes())
+
+    assert document["layer"] == f"{kind}-{made.name}"
+    scores = np.concatenate([made.scores_of_segment(s) for s in small_store.committed])[:, 1]
+    scores = scores[~np.isnan(scores)].astype(np.float64)
+    statistics = document["actstore"]["statistics"]
+    assert statistics["min"] == scores.min() < 0
+    assert statistics["max"] == scores.max()
+    assert document["frac_nonzero"] == pytest.approx((scores > 0).mean())
+    for activation in document["activations"]:
+        expected = made.scores(activation["actstore"]["row_ids"])[:, 1].astype(np.float64)
+        np.testing.assert_array_equal(activation["values"], expected)
+    assert groups(document)["top"][0]["actstore"]["value"] == scores.max()
+    record = small_store.export_factor(1, tmp_path / "r.json", kind=kind, form="neuron-record")
+    assert len(json.loads(record.read_bytes())["most_positive_activation_records"]) > 1
+
+
 def test_refusals_say_what_to_do(small_store, tmp_path):
     """A taken name, a wrong one, an unknown neuron, factor or form: nothing is written."""
     path = tmp_path / "x.json"
@@ -233,6 +255,8 @@ def test_refusals_say_what_to_do(small_store, tmp_path):
     assert path.read_text() == "mine"
     with pytest.raises(ArgumentError, match=r"ends in \.json"):
         small_store.export_neuron("mlp_post.0", 1, tmp_path / "x.txt")
+    with pytest.raises(ArgumentError, match=r"needs the folder .*/none, which does not exist"):
+        small_store.export_neuron("mlp_post.0", 1, tmp_path / "none" / "x.json")
     with pytest.raises(NeuronNotFound, match="0 … 63"):
         small_store.export_neuron("mlp_post.0", 64, tmp_path / "y.json")
     with pytest.raises(ArgumentError, match="'neuronpedia', 'neuron-record'"):

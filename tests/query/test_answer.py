@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import duckdb
 import pyarrow as pa
 import pytest
 
@@ -22,6 +23,12 @@ def test_an_answer_is_a_table(answer: Answer) -> None:
     assert next(iter(answer)) == {"site": "mlp_post.0", "value": 0.1 + 0.2}
     assert answer.df()["value"].isna().tolist() == [False, True]
     assert answer.to_arrow().num_rows == 2
+
+
+def test_an_answer_is_taken_for_a_table(answer: Answer) -> None:
+    """Arrow and DuckDB read it as it is."""
+    assert pa.table(answer).column("site").to_pylist() == ["mlp_post.0", None]
+    assert duckdb.sql("SELECT count(site) FROM answer").fetchall() == [(1,)]
 
 
 def test_it_prints_as_a_table(answer: Answer) -> None:

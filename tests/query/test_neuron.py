@@ -112,7 +112,9 @@ def test_of_many_groups_the_ends_are_given(captured, key):
 def test_a_key_of_means_is_one_expression(captured):
     """Two columns, and SQL that is none, are refused before anything is read."""
     index = NeuronIndex.of(captured, SITE, 9)
-    with pytest.raises(QueryError, match=r"by = 'source, document' of means is 2 columns; expected"):
+    with pytest.raises(
+        QueryError, match=r"by = 'source, document' of means is 2 columns; expected"
+    ):
         index.means(Database(captured), "source, document")
     with pytest.raises(QueryError, match="sauce"):
         index.means(Database(captured), "sauce")

@@ -48,7 +48,10 @@ def test_a_store_made_meanwhile_is_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, r"store = .* with its zarr.json.* does not exist.*actstore.capture\(model"),
+        (
+            lambda path: None,
+            r"store = .* with its zarr.json.* does not exist.*actstore.capture\(model",
+        ),
         (lambda path: path.mkdir(), "is a folder without a store"),
         (lambda path: path.write_text("x"), "is not a folder"),
         (

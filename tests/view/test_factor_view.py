@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,24 @@ def test_bytes_of_one_character_share_its_place(tmp_path: Path) -> None:
     view = factor_view(store, nmf(store, ["mlp_post"], 2), documents=3)
     (document,) = view.data["documents"]
     assert _pieces(document) == ["a", "\U0001f600", "", "", "b"]
+
+
+def test_words_too_long_to_be_looked_at_are_cut(tmp_path: Path) -> None:
+    """Of 100,000 letters, and of as many spaces, a page has the beginning and says the length."""
+    text = f"one {'x' * 100_000} two{' ' * 100_000}three"
+    spans = [(m.start(), m.end(), m[0]) for m in re.finditer(r"\S+", text)]
+    long = text_store(tmp_path / "s", [("a", text)], {"mlp_post.0": 8}, spans=[spans])
+    found = nmf(long, ["mlp_post"], 1)
+    view = factor_view(long, found)
+    (document,) = view.data["documents"]
+    shown, cuts, end = document["text"], document["cuts"], 0
+    words = []
+    for gap, length in zip(cuts[::2], cuts[1::2], strict=True):
+        words.append(shown[end + gap : end + gap + length])
+        end += gap + length
+    assert words == ["one", f"{'x' * 120}… [100,000 characters]", "two", "three"]
+    assert end == len(shown) < 400
+    assert len(view.page()) < 100_000 + len(factor_view(long, found, max_tokens=1).page())
 
 
 def test_a_long_document_is_cut_after_a_token(store: CoreStore, factors: Factors) -> None:

@@ -14,7 +14,7 @@ import actstore
 from actstore.errors import ArgumentError, NeuronNotFound
 from actstore.view import View
 from tests.browser import Browser
-from tests.captured import content
+from tests.captured import all_tokens, content
 from tests.synthetic import synthetic_store
 from tests.toys import toy_model
 
@@ -218,6 +218,31 @@ def test_a_prompt_of_few_rows_has_a_view(browser: Browser, tmp_path: Path, text:
         store.to_html(tmp_path / "overview.html"),
     ):
         browser.open(made)
+        assert browser.errors == []
+
+
+@pytest.mark.browser
+def test_a_word_of_any_length_leaves_a_page_small(browser: Browser, tmp_path: Path) -> None:
+    """Words of 100,000 letters, which are one token to BERT, are drawn by their beginnings."""
+    module, tokenizer = toy_model("bert")
+    texts = [f"the {letter * 100_000} war" for letter in "abcdefgh"]
+    store = actstore.capture(module, text=texts, tokenizer=tokenizer)
+    lengths = [t["char_end"] - t["char_start"] for t in all_tokens(store).to_pylist()]
+    assert max(lengths) == 100_000
+    view = store.neuron(SITE, 3).view()
+    rows = [row for _, rows in view.data["groups"] for row in rows]
+    assert max(len(token) for row in rows for token in row["tokens"]) < 200
+    assert any("[100,001 characters]" in token for row in rows for token in row["tokens"])
+    assert len(view.page()) < 300_000
+    store.nmf("mlp_post", 2)
+    for path in (
+        view.to_html(tmp_path / "neuron.html"),
+        store.factors().to_html(tmp_path / "factors.html"),
+    ):
+        browser.viewport(400, 850)
+        browser.open(path)
+        browser.screenshot(tmp_path / "page.png")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 400
         assert browser.errors == []
 
 

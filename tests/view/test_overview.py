@@ -46,6 +46,23 @@ def test_a_store_that_is_not_finished_says_so(tmp_path: Path) -> None:
     assert data["sites"][0]["layers"] == [["mlp_post.0", None, None]]
 
 
+def test_every_result_says_how_to_open_it(small_store: actstore.Store) -> None:
+    """The line of Python beside a result opens just that one, of whatever kind."""
+    small_store.pca("mlp_post.1", 1)
+    small_store.ica("mlp_post.1", 1)
+    small_store.factors().stability(seeds=2, nulls=1, name="again")
+    lines = {r["kind"]: r for r in small_store.view().data["results"]}
+    assert set(lines) == {"nmf", "pca", "ica", "similarity", "stability"}
+    for result in lines.values():
+        call = result["code"].rsplit(".", 1)[0]
+        opened = eval(call, {"store": small_store})
+        assert (opened.result.kind, opened.name) == (result["kind"], result["name"])
+        assert eval(result["code"], {"store": small_store}) is not None
+    assert lines["stability"]["code"] == 'store.stability_result("again").df()'
+    assert lines["pca"]["what"].startswith("1 factor")
+    assert not lines["pca"]["what"].startswith("1 factors")
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_opens_and_hostile_text_stays_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from click.testing import CliRunner
 import actstore
 from actstore.cli import main
 from actstore.errors import ArgumentError, ModelError, StoreMismatch
+from actstore.models.direct_path import DirectPath
 from tests.browser import Browser
 from tests.toys import TEXT, toy_causal_model, toy_model
 
 from .conftest import HOSTILE, PLAIN
 
+# By its path: the name in the package is that of the function.
+promoted_tokens = importlib.import_module("actstore.query.promoted")
 ROOT = "document.querySelector('[data-actstore-view]').shadowRoot"
 SITES = ["mlp_post.0", "mlp_post.1", "mlp_post.2"]
 
@@ -82,6 +86,35 @@ def test_a_factor_promotes_what_its_neurons_write_together(
             total += effects
             _check([r for r in rows if (r["factor"], r["site"]) == (k, site)], effects, texts)
         _check([r for r in rows if r["factor"] == k and r["site"] is None], total, texts)
+
+
+def test_effects_are_held_for_as_many_sets_as_fit(
+    made: tuple[actstore.Store, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One set at once, two, or all of them: the same tokens in the same order, with the effects."""
+    store, model, tokenizer = made
+    factors = store.factors("words")
+    whole = list(factors.promoted(model=model, tokenizer=tokenizer))
+    assert len(whole) == 3 * (3 + 1) * 2 * 10
+    path = store._replayer(model, tokenizer, "auto").model.direct_path
+    n_tokens = len(path.unembedding)
+    asked: list[int] = []
+    effects = DirectPath.effects
+
+    def counting(self: DirectPath, directions: np.ndarray) -> np.ndarray:
+        asked.append(len(directions))
+        return effects(self, directions)
+
+    monkeypatch.setattr(DirectPath, "effects", counting)
+    for n_bytes, sizes in ((1, [1] * 12), (4 * n_tokens * 5, [5, 5, 2])):
+        asked.clear()
+        monkeypatch.setattr(promoted_tokens, "_EFFECT_BYTES", n_bytes)
+        few = list(factors.promoted(model=model, tokenizer=tokenizer))
+        assert asked == sizes
+        for row, expected in zip(few, whole, strict=True):
+            for name in ("effect", "deviations"):
+                assert row.pop(name) == pytest.approx(expected[name], rel=1e-4)
+            assert row.items() <= expected.items()
 
 
 @pytest.mark.parametrize("neuron", [0, 31, 47])
