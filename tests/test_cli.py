@@ -87,6 +87,8 @@ def test_capture_and_ask(run, tmp_path, model_folder, texts_folder):
         (row,) = lines(run(command, store, "--components", 1, "--sites", "mlp_post.1"))
         assert row["share"] > 0
     again = run("stability", store, "two", "--seeds", 2, "--nulls", 1)
+    assert next(iter(lines(again)[0])) == "factor"
+    assert list(lines(again)[0])[1] == "stable"
     assert [row["factor"] for row in lines(again)] == [0, 1]
     assert "of 2 factors of 'two' are stable" in again.stderr
     assert "site_a" in run("similarity", store, "--format", "csv", "--tolerance", 0.5).output
@@ -129,8 +131,8 @@ def test_export_writes_what_the_library_writes(run, tmp_path, small_store):
     run("export", store, "factor", 0, "--kind", "pca", "--to", tmp_path / "pca.json")
     assert json.loads((tmp_path / "pca.json").read_bytes())["layer"] == "pca-pca-1"
     to = tmp_path / "none" / "7.json"
-    refused = run("export", store, "neuron", "mlp_post.1", 7, "--to", to, code=1).stderr
-    assert "Make the folder first" in refused
+    refused = run("export", store, "neuron", "mlp_post.1", 7, "--to", to, code=2).stderr
+    assert "does not exist" in refused
     assert not to.parent.exists()
 
     rows = small_store["mlp_post.1"].row_ids()[3:6]

@@ -34,6 +34,7 @@ from actstore.capturing.run import (
 )
 from actstore.capturing.sampled import sampled_bytes
 from actstore.capturing.worker import Timing, Worker, list_bytes
+from actstore.counted import counted
 from actstore.errors import CorpusError
 from actstore.models import LanguageModel, load
 from actstore.store import FIRST, SPECIAL, CoreStore, StoreMeta
@@ -90,7 +91,7 @@ class Estimate:
         return (
             f"model      {self.model}\n"
             f"documents  {self.n_documents:,}\n"
-            f"rows       {self.rows:,} tokens in {self.segments:,} segments\n"
+            f"rows       {self.rows:,} tokens in {counted(self.segments, 'segment')}\n"
             f"kept       {self.keep}\n"
             f"bytes      {self.total_bytes:,} of rows, about {self.other_bytes:,} beside, "
             f"{self.free_bytes:,} free{enough}\n{sites}\n"

@@ -115,7 +115,22 @@ def stability(store: Path, factors: str | None, form: str | None, **options: Any
     with Bars() as progress:
         found = actstore.open(store).factors(factors).stability(progress=progress, **options)
     click.echo(shown(found), err=True)
-    echo(Answer(found.to_arrow()), form)
+    # The verdict first: a terminal may be too narrow for all columns.
+    echo(Answer(found.to_arrow().select(_STABILITY)), form)
+
+
+_STABILITY = [
+    "factor",
+    "stable",
+    "split_cosine",
+    "seed_cosine",
+    "null_cosine",
+    "runner_up_cosine",
+    "cosine",
+    "split_correlation",
+    "seed_correlation",
+    "of_result",
+]
 
 
 def _echo_factors(factors: Any, form: str | None) -> None:
@@ -153,7 +168,7 @@ def _echo_factors(factors: Any, form: str | None) -> None:
     "--variant",
     type=click.Choice(["paper", "svcca"]),
     default="paper",
-    help="Of PWCCA: as in its paper, or as in the package of SVCCA's authors.",
+    help="Of PWCCA: as in its paper, or as google/svcca and Ecco compute it.",
     show_default=True,
 )
 @click.option("--share", type=float, help="Of CCA: leading correlations only; 0.98 as Ecco.")

@@ -75,6 +75,8 @@ def export(store: Path, what: str, which: tuple[str, ...], to: Path, **options: 
     suffixes = [suffix for _, _, of in kinds for suffix in of]
     if to.suffix not in suffixes:
         raise click.UsageError(f"--to {to} must end in {' or '.join(suffixes)}")
+    if not to.absolute().parent.is_dir():
+        raise click.UsageError(f"--to {to} is in no folder: {to.parent} does not exist")
     allowed, n_arguments, _ = next(kind for kind in kinds if to.suffix in kind[2])
     if unknown := sorted(given.keys() - set(allowed)):
         raise click.UsageError(f"{what} as {to.suffix} takes no --{unknown[0]}")

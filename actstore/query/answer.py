@@ -25,7 +25,7 @@ from rich.text import Text
 
 _SHOWN_ROWS = 40
 _SHOWN_CHARACTERS = 2000
-_CELL_WIDTHS = (48, 32, 24, 16)  # tried in turn until all columns fit
+_CELL_WIDTHS = (48, 32, 24, 16)  # the widest that shows the most columns is taken
 _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # controls, formats, private use, separators
 
@@ -128,17 +128,18 @@ class Answer:
         width = max(40, shutil.get_terminal_size((120, 24)).columns)
         rows = Answer(self._table.slice(0, _SHOWN_ROWS)).rows()
         plain = [[visible(name) for name in self.columns], *([_plain(v) for v in r] for r in rows)]
+        cells, shown = plain, 0
         for cell_width in _CELL_WIDTHS:
-            cells = [
+            narrower = [
                 [
                     cell if name in self.uncut else fit(cell, cell_width, name)
                     for cell, name in zip(row, self.columns, strict=True)
                 ]
                 for row in plain
             ]
-            shown = _columns_thatfit(cells, width)
-            if shown == len(self.columns):
-                break
+            n_columns = _columns_thatfit(narrower, width)
+            if n_columns > shown:  # cut no cell more than shows another column
+                cells, shown = narrower, n_columns
         table = Table(box=None, pad_edge=False, header_style="", show_edge=False)
         for place in range(shown):
             kind = self._table.schema.field(place).type
@@ -182,7 +183,7 @@ def _plain(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.6g}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_plain(item) for item in value) + "]"
     if isinstance(value, Mapping):

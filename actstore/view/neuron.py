@@ -37,6 +37,12 @@ _FACTORS = 6
 _GROUPS_SHOWN = 24
 _SCALE_QUANTILE = 0.995
 _DIP = 0.25
+_QUANTILES = {
+    "q05": "5 % quantile",
+    "q50": "median",
+    "q95": "95 % quantile",
+    "q99": "99 % quantile",
+}
 
 _GROUPS = {
     "top": "Highest, one a window",
@@ -282,7 +288,7 @@ def _statistics(statistics: Mapping[str, Any]) -> list[list[str]]:
     ]
     if statistics["share_positive"] is not None:
         found.append(["above zero", f"{statistics['share_positive']:.1%} of rows"])
-    for name, words in (("q05", "5 %"), ("q50", "median"), ("q95", "95 %"), ("q99", "99 %")):
+    for name, words in _QUANTILES.items():
         low, high = statistics.get(name, (None, None))
         if low is not None:
             found.append([words, f"{_words(low)} … {_words(high)}"])

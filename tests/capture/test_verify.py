@@ -423,7 +423,7 @@ def test_the_command_prints_what_it_checked_and_exits_1_on_a_mismatch(
 
     said = run(sound, 0, "--rows", "40", "--format", "table")
     assert "mismatches  none" in said
-    assert "2 of 1 documents, 64 rows" in said
+    assert "2 of 1 document, 64 rows" in said
     said = run(wrong, 1, "--format", "table")
     place = r"value, resid_post\.2, row_id = (\d+), neuron = (\d+): stored (\S+), computed (\S+)\n"
     match = re.search(place, said)

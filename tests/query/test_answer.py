@@ -57,6 +57,25 @@ def test_columns_that_do_not_fit_are_named() -> None:
     assert lines[-1].startswith("… not shown: column_number_6, column_number_7")
 
 
+def test_cells_are_cut_no_more_than_shows_another_column() -> None:
+    """Where no width shows all columns, it is the widest of those that show as many."""
+    columns = {f"c{i}": ["x" * 14] for i in range(7)}
+    lines = repr(Answer(pa.table({"name": ["y" * 20], **columns}))).splitlines()
+    assert "y" * 20 in lines[1]
+    assert lines[-1] == "… not shown: c6"
+
+
+def test_numbers_are_printed_to_what_tells_them_apart() -> None:
+    """Four digits of what is small, six of what is large; the data have them all."""
+    answer = Answer(pa.table({"value": [0.123456, 12345.678, -1e-7]}))
+    assert [line.strip() for line in repr(answer).splitlines()[1:]] == [
+        "0.1235",
+        "12345.7",
+        "-1e-07",
+    ]
+    assert answer.rows()[0] == (0.123456,)
+
+
 def test_an_answer_without_rows_says_so() -> None:
     """The columns are printed all the same."""
     empty = Answer(pa.table({"a": pa.array([], pa.int64())}))
