@@ -118,6 +118,15 @@ def test_what_factors_are_asked_prints_as_a_table(small_store, ask, columns):
     assert list(found.df().columns) == found.columns
 
 
+def test_a_page_in_no_folder_is_refused_before_the_work(small_store, tmp_path):
+    """The folder is looked for before the view is made, which would be refused too."""
+    to = tmp_path / "none" / "x.html"
+    with pytest.raises(ArgumentError, match="none, which does not exist"):
+        small_store.factors().to_html(to, document=10**6)
+    with pytest.raises(ArgumentError, match="none, which does not exist"):
+        small_store.neuron("mlp_post.1", 7, by="no column").to_html(to)
+
+
 def test_info_names_the_module_and_width_of_every_site(small_store):
     """`info` shows where each site was found."""
     text = str(small_store.info())

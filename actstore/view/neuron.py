@@ -22,7 +22,7 @@ from actstore.store.stored_rows import keep_text
 from actstore.view.cut import cut
 from actstore.view.factor_detail import short
 from actstore.view.notebook import neuron_notebook
-from actstore.view.page import PlainTable, View
+from actstore.view.page import PlainTable, View, file_to_be
 from actstore.view.promoted import neuron_weights, promoted_entries, promoted_table
 from actstore.view.quantised import embedded, quantised
 
@@ -185,6 +185,7 @@ class Neuron:
 
     def to_html(self, path: str | Path) -> Path:
         """Write the neuron view as one HTML file that makes no request."""
+        file_to_be(path)  # refused before the work
         return self.view().to_html(path)
 
     def to_notebook(self, path: str | Path) -> Path:

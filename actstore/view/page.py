@@ -92,6 +92,26 @@ _STYLE_OF_PAGE = (
 )
 
 
+def file_to_be(path: str | Path) -> Path:
+    """Return the path of a page to be written; one that is there is replaced.
+
+    Raises
+    ------
+    ArgumentError
+        If its folder does not exist or the path is a folder.
+    """
+    target = Path(path)
+    if not target.parent.is_dir() or target.is_dir():
+        found = f"needs the folder {target.parent}, which does not exist"
+        if target.is_dir():
+            found = "is a folder"
+        raise ArgumentError(
+            f"path = {str(target)!r} {found}; expected the name of a file in a folder that "
+            "exists, such as 'factors.html'."
+        )
+    return target
+
+
 @dataclass(frozen=True)
 class View:
     """A view that a notebook shows by itself and that saves as one HTML file."""
@@ -161,12 +181,6 @@ class View:
         ArgumentError
             If its folder does not exist or the path is a folder.
         """
-        target = Path(path)
-        if not target.parent.is_dir() or target.is_dir():
-            found = "is a folder" if target.is_dir() else f"needs the folder {target.parent}"
-            raise ArgumentError(
-                f"path = {str(target)!r} {found}; expected the name of a file in a folder that "
-                "exists, such as 'factors.html'."
-            )
+        target = file_to_be(path)
         durable.replace(target, self.page().encode("utf-8"))
         return target

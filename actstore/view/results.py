@@ -16,7 +16,7 @@ from actstore.store.budget import Progress, as_count
 from actstore.view.factor_table import factor_table, headline
 from actstore.view.factors import factor_view
 from actstore.view.notebook import factors_notebook, similarity_notebook
-from actstore.view.page import View
+from actstore.view.page import View, file_to_be
 from actstore.view.promoted import factor_weights, promoted_table
 from actstore.view.similarity import similarity_view
 
@@ -277,6 +277,7 @@ class Factors(decompose.Factors):
         device: str = "auto",
     ) -> Path:
         """Write the factor view as one HTML file that makes no request; parameters as `view`."""
+        file_to_be(path)  # refused before the work
         view = self.view(
             document,
             max_documents=max_documents,

@@ -71,7 +71,7 @@ def test_the_script_never_parses_markup() -> None:
 
 def test_saving_to_a_place_that_is_not_there_says_so(tmp_path: Path) -> None:
     """A missing folder, or a folder instead of a file, is named with what was expected."""
-    with pytest.raises(ArgumentError, match=r"needs the folder .*nowhere; expected the name"):
+    with pytest.raises(ArgumentError, match=r"nowhere, which does not exist; expected the name"):
         _view().to_html(tmp_path / "nowhere" / "page.html")
     with pytest.raises(ArgumentError, match=r"is a folder; expected the name of a file"):
         _view().to_html(tmp_path)
