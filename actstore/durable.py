@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import google_crc32c
 import numpy as np
@@ -379,8 +379,8 @@ class ArraysFile(Mapping[str, npt.NDArray[Any]]):
     To be entered, or closed.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self._arrays = np.load(path, allow_pickle=False)
+    def __init__(self, file: Path | str | IO[bytes]) -> None:
+        self._arrays = np.load(file, allow_pickle=False)
 
     def __enter__(self) -> Self:
         return self

@@ -70,7 +70,7 @@ class Checkpoint:
         """Return the state that was saved last; None if there is none, or it was torn."""
         path = self.folder / "state.npz"
         try:
-            with durable.ArraysFile(path) as arrays:
+            with path.open("rb") as file, durable.ArraysFile(file) as arrays:
                 return dict(arrays)  # each member is checked by its crc32
         except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
             return None
