@@ -13,7 +13,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,16 +51,22 @@ class Checkpoint:
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._hold(self._held, self.folder)
-        for other in self._work.glob("fit-*"):
-            if other != self.folder:
-                with suppress(StoreBusy, FileNotFoundError), ExitStack() as held:
-                    self._hold(held, other)
-                    shutil.rmtree(other)
+        with self._alone():
+            self._hold(self._held, self.folder)
+            for other in self._work.glob("fit-*"):
+                if other != self.folder:
+                    with suppress(StoreBusy, FileNotFoundError), ExitStack() as held:
+                        self._hold(held, other)
+                        shutil.rmtree(other)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Keep folders from being removed by one process while another locks them."""
+        what = f"the factorisations of {self._root}"
+        return durable.lock(self._work / "fits.lock", what, wait=True)
 
     def _hold(self, held: ExitStack, folder: Path) -> None:
         what = f"a factorisation of {self._root} with the same arguments"
@@ -83,4 +89,5 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Remove it: the fit is done, or can never be."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with self._alone():
+            shutil.rmtree(self.folder, ignore_errors=True)
