@@ -149,7 +149,9 @@ class IndexTables:
 def _open(path: Path) -> _Table:
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
-    groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
+    # A table without rows has one row group, without statistics.
+    n_groups = file.metadata.num_row_groups if file.metadata.num_rows else 0
+    groups = [file.metadata.row_group(g) for g in range(n_groups)]
 
     def statistics(name: str) -> list[Any]:
         return [group.column(names.index(name)).statistics for group in groups]
