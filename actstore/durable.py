@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore.errors import DamagedFile, NotWritable, StoreBusy
+from actstore.errors import DamagedFile, NotEnoughDisk, NotWritable, StoreBusy
 from actstore.shard import crc32c_of_file
 
 ROW_GROUP_ROWS = 1 << 16
@@ -103,6 +103,53 @@ def _not_writable(path: Path, error: OSError) -> OSError:
         f"{path} cannot be written: {error.strerror}. Choose another place, or get the right to "
         "write there."
     )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name what is written where the system only says that it cannot be.
+
+    Raises
+    ------
+    NotEnoughDisk
+        If the disk is full.
+    NotWritable
+        If there is no right to write.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnoughDisk(
+                f"{path} cannot be written: its disk is full. Free some and do the same again."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise _not_writable(path, error) from error
+        raise
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Give the name of a user's file while it is written: this process's own, gone afterwards.
+
+    Raises
+    ------
+    NotEnoughDisk, NotWritable
+        As `writing`.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a user's file durably, replacing an older one; the last of several writers stands."""
+    with aside(path) as partial:
+        partial.write_bytes(data)
+        publish(partial, path)
 
 
 def sync_file(path: Path) -> None:
@@ -242,12 +289,12 @@ def create(path: Path, data: bytes) -> None:
         If the name is taken; the file there is untouched.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    sync_file(partial)
     try:
+        partial.write_bytes(data)
+        sync_file(partial)
         os.link(partial, path)  # unlike rename, link never overwrites
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -360,7 +407,11 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> FileFacts:
     """Write one array durably, so that readers may map it; return bytes and crc32c."""
     partial = partial_of(path)
     with partial.open("wb") as file:
-        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+        whole = np.ascontiguousarray(array)
+        header = np.lib.format.header_data_from_array_1_0(whole)
+        np.lib.format.write_array_header_1_0(file, header)
+        # Unlike NumPy's own writing, that of a file says when the disk is full.
+        file.write(whole.reshape(-1).view(np.uint8).data)
     facts = FileFacts.of(partial)
     publish(partial, path)
     return facts

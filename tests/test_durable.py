@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import time
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from actstore import durable
 from actstore.durable import FileFacts, TableWriter, Verifier
-from actstore.errors import DamagedFile, StoreBusy
+from actstore.errors import DamagedFile, NotEnoughDisk, NotWritable, StoreBusy
 
 
 @pytest.fixture
@@ -240,3 +241,44 @@ def test_one_thread_at_a_time_parses_headers(
 
     assert found == [[0, 1, 2, 3, 4, 7]] * 8
     assert most == [1]
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (errno.ENOSPC, NotEnoughDisk, r"page\.html cannot be written: its disk is full\. Free"),
+        (errno.EACCES, NotWritable, r"page\.html cannot be written: Permission denied\. Choose"),
+    ],
+)
+def test_a_users_file_is_replaced_whole_or_stays(
+    code: int, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hinders the writing is named; nothing is left of it beside the older file."""
+    path = tmp_path / "page.html"
+    durable.write_file(path, b"old")
+
+    def refuse(path: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(durable, "sync_file", refuse)
+    with pytest.raises(error, match=message):
+        durable.write_file(path, b"new")
+    with pytest.raises(OSError, match=os.strerror(code)):
+        durable.create(tmp_path / "fact.json", b"{}")
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (0, 5), ()])
+def test_arrays_are_what_numpy_writes_and_say_when_the_disk_is_full(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The same bytes as by `numpy.save`; NumPy's own error has no number to know it by."""
+    array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+    np.save(tmp_path / "wanted.npy", np.ascontiguousarray(array))
+    durable.write_array(tmp_path / "found.npy", array)
+    assert (tmp_path / "found.npy").read_bytes() == (tmp_path / "wanted.npy").read_bytes()
+    durable.partial_of(tmp_path / "full.npy").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        durable.write_array(tmp_path / "full.npy", array)
+    assert caught.value.errno == errno.ENOSPC

@@ -45,8 +45,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     ResultExists
         If somebody made a file of that name meanwhile; it is untouched.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with durable.aside(path) as partial:
         yield partial
         durable.sync_file(partial)
         try:
@@ -54,8 +53,6 @@ def written_aside(path: Path) -> Iterator[Path]:
         except FileExistsError:
             _refuse_taken(path)
             raise
-    finally:
-        partial.unlink(missing_ok=True)
     durable.sync_folder(path.parent)
 
 

@@ -498,8 +498,8 @@ class CoreStore(Facts):
         names = [result.name for result in found]
         raise ResultNotFound(
             f"{self.path} has no {kind} result"
-            + (f" {name!r}; it has {', '.join(names) or 'none'}." if name else " yet.")
-            + f"{did_you_mean(name or '', names)} Compute one with `actstore {kind} {self.path}`."
+            + (f" {name!r}; it has {', '.join(names) or 'none'}." if name is not None else " yet.")
+            + f"{did_you_mean(str(name), names)} Compute one with `actstore {kind} {self.path}`."
         )
 
     def read_scores(self, result: Result, array: str, segment: int) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ import itertools
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -40,37 +40,51 @@ class ResultWriter:
         If the name is taken, or is none.
     StoreBusy
         On entering, if another process is writing a result of this name.
+    NotEnoughDisk, NotWritable
+        If the disk is full or nothing can be written there, while the result is.
     """
 
     def __init__(
         self, root: Path, kind: str, name: str | None, provenance: Mapping[str, Any]
     ) -> None:
-        folder = root / "results" / kind
-        if name is None:
-            name = _free_name(root, kind)
-        if not _NAME.fullmatch(name):
+        if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise ArgumentError(
-                f"name = {name!r} cannot name a result; expected letters, digits, '-' and '_'."
+                f"name = {name!r} cannot name a result; expected a letter or digit, then up to 99 "
+                "letters, digits, '-' and '_'."
             )
         self.kind, self.name = kind, name
         self._root = root
-        self._final = folder / name
-        if self._final.exists():
-            raise ResultExists(
-                f"{kind} result {name!r} exists in {root}, and results are never overwritten. "
-                f"Choose another name, or delete {self._final}."
-            )
-        self._folder = folder / f".{name}"
-        self._lock = _lock(root, kind, name)
+        self._refuse_taken()
         self._provenance = dict(provenance)
         self._files: dict[str, FileFacts] = {}
         self._open_tables: dict[str, durable.TableWriter] = {}
 
+    @property
+    def _final(self) -> Path:
+        return self._root / "results" / self.kind / str(self.name)
+
+    @property
+    def _folder(self) -> Path:
+        return self._final.with_name(f".{self.name}")
+
+    def _refuse_taken(self) -> None:
+        if self.name is not None and self._final.exists():
+            raise ResultExists(
+                f"{self.kind} result {self.name!r} exists in {self._root}, and results are never "
+                f"overwritten. Choose another name, or delete {self._final}."
+            )
+
     def __enter__(self) -> ResultWriter:
-        self._lock.__enter__()
-        if self._folder.exists():  # left by a process that died
-            shutil.rmtree(self._folder)
-        durable.make_folder(self._folder)
+        with ExitStack() as held, durable.writing(self._root / "results" / self.kind):
+            if self.name is None:
+                self.name = _take_free_name(self._root, self.kind, held)
+            else:
+                held.enter_context(_lock(self._root, self.kind, self.name))
+                self._refuse_taken()  # by who held the lock until now
+            if self._folder.exists():  # left by a process that died
+                shutil.rmtree(self._folder)
+            durable.make_folder(self._folder)
+            self._held = held.pop_all()
         return self
 
     def __exit__(
@@ -83,7 +97,10 @@ class ResultWriter:
             table.abandon()
         if self._folder.exists():
             shutil.rmtree(self._folder)
-        self._lock.__exit__(kind, error, trace)
+        self._held.close()
+        if isinstance(error, OSError):
+            with durable.writing(self._final):
+                raise error
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a table as ``<name>.parquet``."""
@@ -144,7 +161,7 @@ class ResultWriter:
                 f"{self.kind} result {self.name!r} exists in {self._root}. Choose another name."
             ) from error
         durable.sync_folder(self._final.parent)
-        return Result(self._root, self.kind, self.name)
+        return Result(self._root, self.kind, str(self.name))
 
 
 def rows_layout(width: int, dtype: str, segment_rows: int) -> ShardLayout:
@@ -152,12 +169,14 @@ def rows_layout(width: int, dtype: str, segment_rows: int) -> ShardLayout:
     return ShardLayout.for_width(width, segment_rows, dtype, min(4096, segment_rows))
 
 
-def _free_name(root: Path, kind: str) -> str:
-    """Return the first ``<kind>-<number>`` that names no result and that nobody is writing."""
+def _take_free_name(root: Path, kind: str, held: ExitStack) -> str:
+    """Hold the first ``<kind>-<number>`` that names no result and that nobody is writing."""
     for number in itertools.count(1):
         name = f"{kind}-{number}"
-        if not (root / "results" / kind / name).exists():
-            with suppress(StoreBusy), _lock(root, kind, name):
+        with ExitStack() as lock, suppress(StoreBusy):
+            lock.enter_context(_lock(root, kind, name))
+            if not (root / "results" / kind / name).exists():
+                held.push(lock.pop_all())
                 return name
     raise AssertionError
 

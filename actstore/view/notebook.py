@@ -106,7 +106,7 @@ def to_notebook(
         finally:
             # nbclient leaves a kernel that was handed to it running.
             run_sync(kernel.shutdown_kernel)(now=True)
-    durable.replace(target, (nbformat.writes(notebook) + "\n").encode("utf-8"))
+    durable.write_file(target, (nbformat.writes(notebook) + "\n").encode("utf-8"))
     return target
 
 

@@ -182,5 +182,5 @@ class View:
             If its folder does not exist or the path is a folder.
         """
         target = file_to_be(path)
-        durable.replace(target, self.page().encode("utf-8"))
+        durable.write_file(target, self.page().encode("utf-8"))
         return target

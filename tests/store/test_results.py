@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from actstore.errors import ArgumentError, DamagedFile, ResultExists, ResultNotFound, StoreBusy
+from actstore import durable
+from actstore.errors import (
+    ArgumentError,
+    DamagedFile,
+    NotEnoughDisk,
+    ResultExists,
+    ResultNotFound,
+    StoreBusy,
+)
 from actstore.store import CoreStore, Result, ResultWriter
 from tests.synthetic import synthetic_store
 
@@ -70,11 +80,37 @@ def test_names_are_given_and_never_taken_twice(store: CoreStore) -> None:
     assert store.result("nmf", "nmf-1").name == "nmf-1"
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x" * 101, "-x", "a\n"])
-def test_names_are_plain_words(name: str, store: CoreStore) -> None:
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x" * 101, "-x", "a\n", 5])
+def test_names_are_plain_words(name: Any, store: CoreStore) -> None:
     """What could be another path is no name."""
-    with pytest.raises(ArgumentError, match=r"cannot name a result; expected letters, digits"):
+    with pytest.raises(ArgumentError, match=r"cannot name a result; expected a letter or digit"):
         write(store, name)
+    write(store, "mine")
+    with pytest.raises(ResultNotFound, match=r"has no nmf result .*; it has mine\."):
+        store.result("nmf", name)
+
+
+def test_results_without_a_name_do_not_meet(store: CoreStore) -> None:
+    """Writers made before either began get names of their own."""
+    writers = [store.new_result("nmf", None, {}) for _ in range(2)]
+    with writers[0] as first, writers[1] as second:
+        assert [first.finish({}).name, second.finish({}).name] == ["nmf-1", "nmf-2"]
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(
+    store: CoreStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says what could not be written; its name is free again."""
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(durable, "sync_file", full)
+        with pytest.raises(NotEnoughDisk, match=r"results/nmf/mine cannot be .* Free some and do"):
+            write(store, "mine")
+    assert list((store.path / "results/nmf").iterdir()) == []
+    assert write(store, "mine").name == "mine"
 
 
 def test_a_failure_leaves_nothing(store: CoreStore) -> None:
@@ -100,13 +136,13 @@ def test_a_crash_leaves_nothing_that_counts(store: CoreStore) -> None:
 
 
 def test_the_name_may_be_taken_meanwhile(store: CoreStore) -> None:
-    """Two that write one name: the second waits for nobody; the first to finish stands."""
+    """Two that write one name: the second waits for nobody, and learns of it before its work."""
     late, busy = (ResultWriter(store.path, "nmf", "mine", {}) for _ in range(2))
     with store.new_result("nmf", "mine", {}), pytest.raises(StoreBusy, match="nmf result 'mine'"):
         busy.__enter__()
     write(store, "mine")
-    with late, pytest.raises(ResultExists, match=r"nmf result 'mine' exists in .* another name"):
-        late.finish({})
+    with pytest.raises(ResultExists, match=r"nmf result 'mine' exists in .* another name"):
+        late.__enter__()
     assert store.result("nmf", "mine").table("factors").num_rows == 2
 
 
