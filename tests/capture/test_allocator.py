@@ -30,7 +30,8 @@ def test_what_was_freed_is_used_again_without_a_page_fault() -> None:
     """Batches after the first ones find the memory of those before them."""
     with freed_memory_kept():
         faults = [_batch() for _ in range(5)]
-        assert faults[-1] < 0.01 * _BLOCKS * _BYTES / 4096
+        # One block may find its place taken by what the process holds besides; not all of them.
+        assert faults[-1] < 1.01 * _BYTES / 4096
 
 
 def test_at_the_end_memory_goes_back_to_the_system() -> None:
