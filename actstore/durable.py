@@ -33,6 +33,9 @@ from actstore.shard import crc32c_of_file
 ROW_GROUP_ROWS = 1 << 16
 """Rows of a Parquet row group where nothing else is asked for."""
 
+RESTORE = "Restore it from a copy, or capture into a new store."
+"""What to do where a file of a store is damaged, unless there is something better."""
+
 _STREAM_BYTES = 1 << 20
 _BLOCK_BYTES = 4096  # of any disk, or a multiple
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -303,19 +306,14 @@ def to_json(document: Any) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = RESTORE) -> Any:
     """Return the document in a JSON file, or raise `DamagedFile` if it is none, or missing."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DamagedFile(
-            f"{path} is missing. Restore it from a copy, or capture into a new store."
-        ) from None
+        raise DamagedFile(f"{path} is missing. {remedy}") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise DamagedFile(
-            f"{path} is not the JSON file it should be: {error}. Restore it from a copy, or "
-            "capture into a new store."
-        ) from error
+        raise DamagedFile(f"{path} is not the JSON file it should be: {error}. {remedy}") from error
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,7 +324,7 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     return {**document, "crc32c": _crc32c_of_json(document)}
 
 
-def unsealed(document: Any, where: object) -> dict[str, Any]:
+def unsealed(document: Any, where: object, remedy: str = RESTORE) -> dict[str, Any]:
     """Return the content of a sealed document.
 
     Raises
@@ -338,15 +336,12 @@ def unsealed(document: Any, where: object) -> dict[str, Any]:
         content = {key: value for key, value in document.items() if key != "crc32c"}
         if document["crc32c"] == _crc32c_of_json(content):
             return content
-    raise DamagedFile(
-        f"{where} has changed since it was written (crc32c does not match). Restore it from a "
-        "copy, or capture into a new store."
-    )
+    raise DamagedFile(f"{where} has changed since it was written (crc32c does not match). {remedy}")
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
     """Return the content of a sealed JSON file, or raise `DamagedFile`."""
-    return unsealed(read_json(path), path)
+    return unsealed(read_json(path, remedy), path, remedy)
 
 
 def _crc32c_of_json(document: Any) -> int:
@@ -492,10 +487,19 @@ def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 
 
 class Verifier:
-    """Checks files of a store against their recorded size and crc32c, once a process."""
+    """Checks files of a store against their recorded size and crc32c, once a process.
 
-    def __init__(self, root: Path) -> None:
+    Parameters
+    ----------
+    root : Path
+        What their names are below.
+    remedy : str, optional
+        What to do where one is damaged.
+    """
+
+    def __init__(self, root: Path, remedy: str = RESTORE) -> None:
         self._root = root
+        self._remedy = remedy
         self._checked: set[tuple[str, FileFacts]] = set()
 
     def check(self, files: Mapping[str, FileFacts]) -> None:
@@ -514,18 +518,18 @@ class Verifier:
                 found = path.stat().st_size
             except FileNotFoundError:
                 raise DamagedFile(
-                    f"{name} is missing from {self._root}; a commit or manifest names it. Restore "
-                    "it from a copy, or capture into a new store."
+                    f"{name} is missing from {self._root}; a commit or manifest names it. "
+                    f"{self._remedy}"
                 ) from None
             if found != facts.n_bytes:
                 raise DamagedFile(
                     f"{name} in {self._root} has {found:,} bytes, expected {facts.n_bytes:,}. "
-                    "Restore it from a copy, or capture into a new store."
+                    f"{self._remedy}"
                 )
             if crc32c_of_file(path) != facts.crc32c:
                 raise DamagedFile(
                     f"{name} in {self._root} has changed since it was written (crc32c does not "
-                    "match). Restore it from a copy, or capture into a new store."
+                    f"match). {self._remedy}"
                 )
             self._checked.add((name, facts))
 

@@ -39,7 +39,14 @@ from actstore.store import (
     StoreMeta,
     generations,
 )
-from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKENS, VOCABULARY, WINDOWS
+from actstore.store.tables import (
+    DOCUMENT_GROUP,
+    DOCUMENTS,
+    TOKEN_GROUP,
+    TOKENS,
+    VOCABULARY,
+    WINDOWS,
+)
 
 CONTEXT = 512
 DOCUMENT_WINDOWS = 2
@@ -208,11 +215,11 @@ class MadeStore:
         planned = tuple(Segment(s, number, {"": self.rows}) for s in segments)
         done = segments[-1] == self.n_segments - 1
         draft = Part(number, planned, n_documents, n_windows, done, {"made": "up"}, {})
-        files = {}
+        files, groups = {}, {"documents": DOCUMENT_GROUP, "tokens": TOKEN_GROUP}
         for kind, table in tables.items():
             name = draft.file(kind)
             durable.make_folder((self.core.path / name).parent)
-            group = DOCUMENT_GROUP if kind == "documents" else durable.ROW_GROUP_ROWS
+            group = groups.get(kind, durable.ROW_GROUP_ROWS)
             files[name] = durable.write_table(self.core.path / name, table, group)
         part = Part(number, planned, n_documents, n_windows, done, {"made": "up"}, files)
         self._write(f"plan/{number:05d}.json", part.to_json())

@@ -210,7 +210,7 @@ def ask_rows(report: Report, folder: Path, n_segments: int, real_rows: int, n: i
     made = MadeStore(folder / "rows", n_segments, {"mlp_post.5": base.shape[1]}, keep=1.0)
     made.commit_rows(jittered(base, size, 0))
     made.publish_index(made.states_of_rows)
-    store = actstore.open(made.core.path)
+    store, beside = (actstore.open(made.core.path) for _ in range(2))
     info = store.site("mlp_post.5")
     title = f"{made.n_rows / 1e6:,.1f} M rows x {info.width}, kept"
     width = info.width
@@ -246,7 +246,7 @@ def ask_rows(report: Report, folder: Path, n_segments: int, real_rows: int, n: i
             expected = brute(neuron, k)
             scanned = time.perf_counter()
             table = top.to_arrow()
-            context.snippets(store, table["row_id"].to_numpy(), 0, 0)
+            context.snippets(beside, table["row_id"].to_numpy(), 0, 0)
             texts.append(time.perf_counter() - scanned)
             pairs = zip(table["row_id"].to_pylist(), table["value"].to_pylist(), strict=True)
             assert list(pairs) == expected, f"neuron {neuron}, k = {k}"

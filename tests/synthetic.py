@@ -15,7 +15,14 @@ from actstore import durable
 from actstore.shard import DTYPES, to_band
 from actstore.site import Site
 from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment, SiteInfo, StoreMeta
-from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKENS, VOCABULARY, WINDOWS
+from actstore.store.tables import (
+    DOCUMENT_GROUP,
+    DOCUMENTS,
+    TOKEN_GROUP,
+    TOKENS,
+    VOCABULARY,
+    WINDOWS,
+)
 
 WORDS = [
     "amber",
@@ -245,7 +252,7 @@ def _publish_plan(
     }
     for space in spaces:
         tokens = pa.table(columns, schema=TOKENS)
-        tables[draft.file("tokens", space)] = (tokens, durable.ROW_GROUP_ROWS)
+        tables[draft.file("tokens", space)] = (tokens, TOKEN_GROUP)
     files = {}
     for name, (table, group_rows) in tables.items():
         durable.make_folder((store.path / name).parent)

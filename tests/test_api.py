@@ -87,6 +87,12 @@ def test_results_reopen_without_computing(small_store):
     np.testing.assert_array_equal(made.loadings, reopened.loadings)
 
 
+def test_factors_of_no_kind_are_refused(small_store):
+    """What is no kind of factors is no folder to look in."""
+    with pytest.raises(ArgumentError, match=r"kind = '\.\./x'; expected one of nmf, pca, ica"):
+        small_store.factors(kind="../x")
+
+
 @pytest.mark.parametrize("name", ["ica", "nmf", "pca", "shuffle", "similarity"])
 def test_every_argument_of_a_decomposition_can_be_given(name):
     """What messages of the function name is an argument of the store's method too."""

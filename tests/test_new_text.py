@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import actstore
-from actstore.errors import StoreMismatch
+from actstore.errors import ArgumentError, StoreMismatch
 from tests.toys import toy_model
 
 TEXTS = [
@@ -60,6 +60,16 @@ def test_another_model_is_refused(factors):
 
     with pytest.raises(StoreMismatch, match="Give the model it was captured from"):
         factors.transform("new text", model=module, tokenizer=tokenizer)
+
+
+def test_text_without_content_is_refused(toy, factors):
+    """A single token is the first of its document: there is no row to give scores to."""
+    module, tokenizer = toy
+
+    with pytest.raises(
+        ArgumentError, match=r"text = 'a' has 1 tokens?, and none of content; .* long"
+    ):
+        factors.transform("a", model=module, tokenizer=tokenizer)
 
 
 def test_rows_of_a_condition_are_projected(store, factors):

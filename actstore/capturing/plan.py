@@ -36,7 +36,7 @@ from actstore.errors import StoreMismatch
 from actstore.models import Encoded, LanguageModel
 from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment, StoreMeta
 from actstore.store.budget import Progress
-from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKENS, WINDOWS
+from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKEN_GROUP, TOKENS, WINDOWS
 
 PART_ROWS = 1 << 20
 """A part ends with the first document that brings it to this many rows, or with the corpus."""
@@ -51,7 +51,7 @@ _BATCH_CHARS = 1 << 20
 _TABLES = {
     "documents": (DOCUMENTS, DOCUMENT_GROUP),
     "windows": (WINDOWS, durable.ROW_GROUP_ROWS),
-    "tokens": (TOKENS, durable.ROW_GROUP_ROWS),
+    "tokens": (TOKENS, TOKEN_GROUP),
 }
 
 Ints = npt.NDArray[np.int64]

@@ -1,7 +1,7 @@
 """Decompositions and similarities of sites: every one is a fold over blocks that one scan reads."""
 
 from actstore.decompose.clusters import cluster_neurons
-from actstore.decompose.factors import Factors
+from actstore.decompose.factors import KINDS, Factors
 from actstore.decompose.ica import ica
 from actstore.decompose.loader import Batch, Loader
 from actstore.decompose.measuring import MEASURES
@@ -14,6 +14,7 @@ from actstore.decompose.similarity_result import Similarity
 from actstore.decompose.stability import Stability, stability
 
 __all__ = [
+    "KINDS",
     "MEASURES",
     "Batch",
     "Factors",

@@ -42,6 +42,7 @@ from scipy.special import stdtrit
 from actstore.decompose.engine import Engine, Sums
 from actstore.decompose.moments import Frame
 from actstore.decompose.nulls import centred_kernels
+from actstore.decompose.ranked import more_rows
 from actstore.decompose.scan import Block, Range, Scan
 from actstore.errors import ArgumentError
 
@@ -250,11 +251,11 @@ def estimate(
     per_deck = deck.run_rows
     n_decks = min(deck.n_decks, -(-max_batches // per_deck))
     if deck.n_batches < 2:
-        smaller = f"a smaller batch_rows (down to {MIN_BATCH_ROWS}), "
+        smaller = f"Pass a smaller batch_rows (down to {MIN_BATCH_ROWS}). "
         raise ArgumentError(
             f"batch_rows = {batch_rows} is too many for {scan.n_rows:,} rows ({scan.ranked.rule}) "
-            f"of {scan.store.path}; expected two batches or more. Pass "
-            f"{smaller if batch_rows > MIN_BATCH_ROWS else ''}rows='all', or capture more segments."
+            f"of {scan.store.path}; expected two batches or more. "
+            f"{smaller if batch_rows > MIN_BATCH_ROWS else ''}{more_rows(scan.ranked.rule)}"
         )
     sites = tuple(scan.columns.values())
     totals: Sums = {}

@@ -21,6 +21,9 @@ from actstore.store.rows import as_row_ids
 
 Ids = npt.NDArray[np.int64]
 
+KINDS = ("nmf", "pca", "ica")
+"""What computes factors."""
+
 _POSITIONAL = 0.5
 _FEW_NEURONS = 5
 
@@ -54,9 +57,13 @@ class Factors:
 
         Raises
         ------
+        ArgumentError
+            If `kind` is none of `KINDS`.
         ResultNotFound
             If the store has none.
         """
+        if kind not in KINDS:
+            raise ArgumentError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}.")
         return cls(store, store.result(kind, name))
 
     def __repr__(self) -> str:

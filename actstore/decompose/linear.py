@@ -26,7 +26,7 @@ from actstore.store.budget import Progress
 
 Float64 = npt.NDArray[np.float64]
 
-KINDS = ("pca", "ica")
+LINEAR_KINDS = ("pca", "ica")
 """Kinds of results whose scores are products."""
 
 
@@ -43,7 +43,7 @@ class Linear:
 
     @classmethod
     def of(cls, factors: Factors) -> Linear:
-        """Return what gave the scores of a result of one of `KINDS`."""
+        """Return what gave the scores of a result of one of `LINEAR_KINDS`."""
         scales = factors.summary["site_scales"]
         result, k = factors.result, factors.n_components
         columns = [np.full(i.width, scales[str(i.site)], np.float32) for i in factors.sites]

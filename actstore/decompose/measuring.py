@@ -26,6 +26,7 @@ from actstore.decompose.cka import (
 from actstore.decompose.engine import Engine
 from actstore.decompose.moments import Frame, Tile, block_rows, frame_of, tiles
 from actstore.decompose.nulls import shifted_products
+from actstore.decompose.ranked import more_rows
 from actstore.decompose.scan import Scan
 from actstore.decompose.subject import Subject
 from actstore.errors import ArgumentError, did_you_mean
@@ -222,8 +223,8 @@ class _Run:
         if n_rows < 4:
             raise ArgumentError(
                 f"rows = {self.subject.rows.rule!r} chooses {n_rows} rows of "
-                f"{self.subject.store.path}; debiased CKA needs 4. Pass rows='all', or capture "
-                "more segments."
+                f"{self.subject.store.path}; debiased CKA needs 4. "
+                f"{more_rows(self.subject.rows.rule)}"
             )
         n_bytes = cka_exact.kernel_bytes(n_rows, width, len(self._spans))
         if 2 * n_rows <= width and n_bytes <= free:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from actstore.decompose.factors import Factors
-from actstore.decompose.linear import KINDS, Linear
+from actstore.decompose.linear import LINEAR_KINDS, Linear
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.online import Coder
 from actstore.decompose.scan import Scan, chosen_rows
@@ -156,7 +156,7 @@ def _reserve(n_rows: int, k: int, width: int, budget_bytes: int) -> int:
 
 def _scorer(factors: Factors, scan: Scan) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what gives the rows of a block, whose values it changes, their scores."""
-    if factors.result.kind in KINDS:
+    if factors.result.kind in LINEAR_KINDS:
         return Linear.of(factors).scores
     matrix = matrix_of(factors, scan)
     loadings = torch.from_numpy(factors.loadings)

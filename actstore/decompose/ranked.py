@@ -27,6 +27,11 @@ _CHECK_ROWS = 256  # looked through for NaN at once
 _TURNED_COLUMNS = 64  # copied at once
 
 
+def more_rows(rule: str) -> str:
+    """Return what to do where a rule chooses too few rows."""
+    return "Capture more segments." if rule == "all" else "Pass rows='all', or capture more."
+
+
 class RankedRows:
     """Reads rows of some sites by rank, in the stored dtype.
 
@@ -56,7 +61,7 @@ class RankedRows:
         if not rows.n_rows:
             raise ArgumentError(
                 f"rows = {rows.rule!r} chooses none of the {store.n_rows(infos[0].site.space):,} "
-                f"committed rows of {store.path}. Pass rows='all', or capture more segments."
+                f"committed rows of {store.path}. {more_rows(rows.rule)}"
             )
         self._store = store
         self._infos = list(infos)

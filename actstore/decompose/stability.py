@@ -43,7 +43,7 @@ from actstore.decompose.clock import Clock
 from actstore.decompose.engine import Engine
 from actstore.decompose.factors import Factors
 from actstore.decompose.fit import Fit, Settings
-from actstore.decompose.linear import KINDS
+from actstore.decompose.linear import LINEAR_KINDS
 from actstore.decompose.nmf import reserved_bytes
 from actstore.decompose.project import matrix_of, solver
 from actstore.decompose.ranked import KeptRows
@@ -173,7 +173,7 @@ def stability(
     ResultExists
         If the name is taken.
     """
-    if factors.result.kind in KINDS:
+    if factors.result.kind in LINEAR_KINDS:
         raise ArgumentError(
             f"{factors.name!r} is a result of the kind {factors.result.kind}; stability fits "
             "non-negative factors again. Give a result of store.nmf (actstore nmf)."

@@ -224,14 +224,17 @@ class Result:
     def __init__(self, root: Path, kind: str, name: str) -> None:
         self.kind, self.name = kind, name
         self.path = root / "results" / kind / name
-        self._verifier = Verifier(self.path)
+        self._remedy = f"Delete {self.path}, and compute it again."
+        self._verifier = Verifier(self.path, self._remedy)
 
     @cached_property
     def document(self) -> dict[str, Any]:
         """The contents of ``result.json``: provenance and summary."""
-        document = durable.read_sealed(self.path / "result.json")
+        document = durable.read_sealed(self.path / "result.json", self._remedy)
         if "files" not in document:
-            raise DamagedFile(f"{self.path}/result.json breaks the format: it names no files.")
+            raise DamagedFile(
+                f"{self.path}/result.json breaks the format: it names no files. {self._remedy}"
+            )
         return document
 
     @cached_property
@@ -256,7 +259,9 @@ class Result:
         layout = self.layout(name)
         path = self.path / name / "c/0/0"
         if not path.exists():
-            raise DamagedFile(f"{path} is missing, though {self.path}/result.json names it.")
+            raise DamagedFile(
+                f"{path} is missing, though {self.path}/result.json names it. {self._remedy}"
+            )
         with path.open("rb", buffering=0) as file:
             facts = self.files[f"{name}/c/0/0"]
             reader = ShardReader(

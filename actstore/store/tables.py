@@ -71,6 +71,9 @@ VOCABULARY = pa.schema([("token_id", pa.int32()), ("text", pa.string()), ("piece
 DOCUMENT_GROUP = 16
 """Documents in a row group, so that reading one text does not read all of them."""
 
+TOKEN_GROUP = 1 << 14
+"""Tokens in a row group: of rows that lie far apart each costs the reading of a group."""
+
 _CACHED_GROUPS = 16
 _CACHED_COLUMN_BYTES = 1 << 27
 _CACHED_SOURCES = 4096  # groups of documents

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from actstore.counted import counted
-from actstore.decompose import Factors
+from actstore.decompose import KINDS, Factors
 from actstore.errors import ArgumentError, ModelError
 from actstore.query import Answer, Database, NeuronIndex, Portrait, Shown
 from actstore.query.neuron import Replay
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _SHOWN = Shown(k=20, n_bins=10, n_each=2, n_random=20, before=16, after=12, n_bottom=20)
 _BARS = 96
 _FITS = 4
-_KINDS = ("nmf", "pca", "ica")
 _FACTORS = 6
 _GROUPS_SHOWN = 24
 _SCALE_QUANTILE = 0.995
@@ -354,7 +353,7 @@ def _factors(index: NeuronIndex) -> list[dict[str, Any]]:
     """Return the factors of the newest decompositions that the neuron loads on most."""
     found: list[dict[str, Any]] = []
     for result in reversed(index.store.results()):
-        if result.kind not in _KINDS:
+        if result.kind not in KINDS:
             continue
         factors = Factors(index.store, result)
         if index.info.site not in [info.site for info in factors.sites]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from actstore import decompose
 from actstore.decompose import Projection, Stability
+from actstore.errors import ArgumentError
 from actstore.query import Answer, Condition, Database
 from actstore.store import Rows
 from actstore.store.budget import Progress, as_count
@@ -184,6 +185,8 @@ class Factors(decompose.Factors):
         ------
         ModelError, StoreMismatch
             If the model cannot be loaded, or is another.
+        ArgumentError
+            If the text has no content row.
         """
         # Here: it loads transformers, which a look at factors does not need.
         from actstore.capturing import capture_alike
@@ -192,6 +195,12 @@ class Factors(decompose.Factors):
         options = {"model": model, "tokenizer": tokenizer, "device": device, "budget": budget}
         store = capture_alike(self.store, text, sites, **options)
         rule = "all" if self.summary["rows"] == "all" else "content"
+        if not store.rows(rule, sites[0].space).n_rows:
+            raise ArgumentError(
+                f"text = {str(text)[:40]!r} has {store.n_rows(sites[0].space)} tokens, and none of "
+                "content; expected one that is neither special nor the first of its document. "
+                "Give a longer text."
+            )
         return decompose.project(self, rule, store=store, budget=budget)
 
     def clusters(self, n_clusters: int, *, seed: int = 0) -> Answer:

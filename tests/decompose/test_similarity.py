@@ -327,7 +327,7 @@ def test_too_few_rows_are_refused(tmp_path):
     """Fewer rows than two batches of the least size give no estimate."""
     store = synthetic_store(tmp_path / "store", layers(16, 1))
 
-    with pytest.raises(ArgumentError, match=r"rows='all', or capture more segments"):
+    with pytest.raises(ArgumentError, match=r"rows='all', or capture more"):
         similarity(store, None)
 
 

@@ -184,7 +184,9 @@ def test_damage_is_found_on_use(name: str, store: CoreStore) -> None:
         with pytest.raises(DamagedFile):
             use()
     path.write_bytes(data[:-3])
-    with pytest.raises(DamagedFile):
+    with pytest.raises(
+        DamagedFile, match=name if "/c/" in name else f"Delete {path.parents[name.count('/')]}, and"
+    ):
         use()
     path.unlink()
     with pytest.raises((DamagedFile, ResultNotFound)):
