@@ -222,26 +222,29 @@ def _read(
     # A tie with the last place is out if its row comes later.
     near = (keys < key) | (ids < row)
     keys, ids = keys[near], ids[near]
-    segments, offsets = np.divmod(ids, size)
-    for a, b in stretches(np.diff(segments) != 0, len(segments)):
-        segment, mine = int(segments[a]), offsets[a:b]
-        counted = np.flatnonzero(_counts(store, rows, segment, space, mine))
-        groups = np.empty(0, np.int64)
-        if question.group is not None:
-            groups = store.token_column(segment, question.group, space)[mine[counted]]
-        best.add(ids[a:b][counted], keys[a:b][counted], groups)
+    counted = np.flatnonzero(_counts(store, rows, ids, space))
+    ids, keys = ids[counted], keys[counted]
+    groups = np.empty(0, np.int64)
+    if question.group is not None:
+        groups = store.token_values(ids, [question.group], space)[0]
+    best.add(ids, keys, groups)
     best.settle()
 
 
-def _counts(
-    store: CoreStore, rows: Rows | None, segment: int, space: str, offsets: Ids
-) -> npt.NDArray[np.bool_]:
-    """Return which rows of a segment count: those of `rows`, by default the content rows."""
-    if rows is not None:
-        mask = np.zeros(store.meta.segment_rows, np.bool_)
-        mask[rows.offsets(segment)] = True
-        return mask[offsets]
-    flags = store.token_column(segment, "flags", space)
-    there = offsets < len(flags)  # a band may go on behind the last row
-    there[there] = (flags[offsets[there]] & (SPECIAL | FIRST)) == 0
-    return there
+def _counts(store: CoreStore, rows: Rows | None, ids: Ids, space: str) -> npt.NDArray[np.bool_]:
+    """Return which rows, ascending, count: those of `rows`, by default the content rows."""
+    counted = np.zeros(len(ids), np.bool_)
+    segments, offsets = np.divmod(ids, store.meta.segment_rows)
+    for a, b in stretches(np.diff(segments) != 0, len(segments)):
+        segment = int(segments[a])
+        if rows is None:  # a band may go on behind the last row
+            counted[a:b] = offsets[a:b] < store.planned[segment].rows.get(space, 0)
+        else:
+            mask = np.zeros(store.meta.segment_rows, np.bool_)
+            mask[rows.offsets(segment)] = True
+            counted[a:b] = mask[offsets[a:b]]
+    if rows is None:
+        there = np.flatnonzero(counted)
+        (flags,) = store.token_values(ids[there], ["flags"], space)
+        counted[there] = (flags & (SPECIAL | FIRST)) == 0
+    return counted

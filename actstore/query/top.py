@@ -224,12 +224,10 @@ def _without_text(
         lists: list[npt.NDArray[Any]] = [listed.documents, listed.positions, listed.token_ids]
         for fact, known in zip(facts, lists, strict=True):
             fact[:] = known[places]
-    segments, offsets = np.divmod(ids, store.meta.segment_rows)
-    for segment in np.unique(segments[unknown]).tolist():
-        mine = np.flatnonzero(unknown & (segments == segment))
-        columns = store.token_columns(segment, names, info.site.space)
-        for fact, column in zip(facts, columns, strict=True):
-            fact[mine] = column[offsets[mine]]
+    for fact, column in zip(
+        facts, store.token_values(ids[unknown], names, info.site.space), strict=True
+    ):
+        fact[unknown] = column
     documents, positions, tokens = facts
     numbers, which = np.unique(documents, return_inverse=True)
     sources = np.array(store.sources(numbers), object)
@@ -398,11 +396,8 @@ class _Search:
         return _First(ids, values, groups, n_listed, complete)
 
     def _windows_of(self, ids: Ids) -> Ids:
-        size, space = self._store.meta.segment_rows, self._question.info.site.space
-        columns: dict[int, npt.NDArray[Any]] = {}
-        for segment in np.unique(ids // size).tolist():
-            columns[segment] = self._store.token_column(segment, "window_id", space)
-        return np.array([columns[i // size][i % size] for i in ids.tolist()], np.int64)
+        space = self._question.info.site.space
+        return self._store.token_values(ids, ["window_id"], space)[0]
 
     def _what(self, n: int) -> str:
         """Return in words what there are n of."""

@@ -339,15 +339,44 @@ class CoreStore(Facts):
         Reads these columns of the row groups that the rows lie in; by default of all rows.
         """
         planned = self.planned[segment]
+        first, n_rows = self._first_place(segment, space), planned.rows.get(space, 0)
+        stop = n_rows if stop is None else min(stop, n_rows)
         part = self.parts[planned.part]
+        return self.tokens_tables.columns(part, names, first + start, first + stop, space)
+
+    def token_values(
+        self, row_ids: npt.NDArray[np.int64], names: Sequence[str], space: str = ""
+    ) -> list[npt.NDArray[Any]]:
+        """Return columns of the token index at planned rows, in their order.
+
+        Reads these columns of the row groups that the rows lie in.
+        """
+        segments, offsets = np.divmod(row_ids, self.meta.segment_rows)
+        known, which = np.unique(segments, return_inverse=True)
+        firsts = [self._first_place(segment, space) for segment in known.tolist()]
+        parts = np.array([self.planned[segment].part for segment in known.tolist()], np.int64)[
+            which
+        ]
+        places = np.array(firsts, np.int64)[which] + offsets
+        found = [
+            np.empty(len(row_ids), TOKENS.field(name).type.to_pandas_dtype()) for name in names
+        ]
+        for number in np.unique(parts).tolist():
+            mine = np.flatnonzero(parts == number)
+            values = self.tokens_tables.values(self.parts[number], names, places[mine], space)
+            for column, of_part in zip(found, values, strict=True):
+                column[mine] = of_part
+        return found
+
+    def _first_place(self, segment: int, space: str) -> int:
+        """Return the place of a planned segment's first row in the tokens of its part."""
         places = self._places.setdefault(space, {})
         if segment not in places:
+            part = self.parts[self.planned[segment].part]
             counts = [s.rows.get(space, 0) for s in part.segments]
             starts = np.cumsum([0, *counts]).tolist()
             places |= {s.segment: n for s, n in zip(part.segments, starts, strict=False)}
-        first, n_rows = places[segment], planned.rows.get(space, 0)
-        stop = n_rows if stop is None else min(stop, n_rows)
-        return self.tokens_tables.columns(part, names, first + start, first + stop, space)
+        return places[segment]
 
     def tokens(self, segment: int, space: str = "") -> pa.Table:
         """Return the token index of a planned segment, in row order."""

@@ -145,10 +145,7 @@ class TokenTables(_GroupReader):
         """
         file, key = self.file(part, space), part.file("tokens", space)
         with self._lock:
-            if key not in self._ends:
-                groups = range(file.metadata.num_row_groups)
-                self._ends[key] = np.cumsum([file.metadata.row_group(g).num_rows for g in groups])
-            ends = self._ends[key]
+            ends = self._group_ends(file, key)
             pieces: list[list[npt.NDArray[Any]]] = [[] for _ in names]
             for number in range(np.searchsorted(ends, start, side="right"), len(ends)):
                 first = int(ends[number - 1]) if number else 0
@@ -166,6 +163,33 @@ class TokenTables(_GroupReader):
             else np.concatenate(column)
             for name, column in zip(names, pieces, strict=True)
         ]
+
+    def values(
+        self, part: Part, names: Sequence[str], places: npt.NDArray[np.int64], space: str = ""
+    ) -> list[npt.NDArray[Any]]:
+        """Return columns of the tokens at some places of a part's file, in their order.
+
+        Read, and kept, as by `columns`.
+        """
+        file, key = self.file(part, space), part.file("tokens", space)
+        found = [np.empty(len(places), TOKENS.field(n).type.to_pandas_dtype()) for n in names]
+        with self._lock:
+            ends = self._group_ends(file, key)
+            numbers = np.searchsorted(ends, places, side="right")
+            for number in np.unique(numbers).tolist():
+                mine = np.flatnonzero(numbers == number)
+                local = places[mine] - (int(ends[number - 1]) if number else 0)
+                columns = self._columns_of_group(file, key, number, names)
+                for column, values in zip(found, columns, strict=True):
+                    column[mine] = values[local]
+        return found
+
+    def _group_ends(self, file: pq.ParquetFile, key: str) -> npt.NDArray[np.int64]:
+        """Return the place behind the last row of every row group."""
+        if key not in self._ends:
+            groups = range(file.metadata.num_row_groups)
+            self._ends[key] = np.cumsum([file.metadata.row_group(g).num_rows for g in groups])
+        return self._ends[key]
 
     def _columns_of_group(
         self, file: pq.ParquetFile, key: str, number: int, names: Sequence[str]
