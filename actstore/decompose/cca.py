@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Float64 = npt.NDArray[np.float64]
 
@@ -161,8 +162,10 @@ def pwcca(a: Directions, left: Float64, correlations: Float64) -> float:
     return float(weights @ correlations / weights.sum())
 
 
-def pwcca_svcca(a: Directions, b: Directions, cross: Float64) -> float:
+def pwcca_svcca(a: Directions, b: Directions, cross: Float64) -> tuple[float, Float64]:
     """Return PWCCA weighed by `a` as google/svcca and Ecco compute it, which is not the paper's.
+
+    And the canonical correlations, descending.
 
     There the directions are ``U'(X - mean) + mean``, with U of the symmetric whitening and the
     whitening itself left out, then orthonormal; weights are products with the uncentred columns.
@@ -172,7 +175,7 @@ def pwcca_svcca(a: Directions, b: Directions, cross: Float64) -> float:
     """
     n = min(a.rank, b.rank)
     if not n:
-        return math.nan
+        return math.nan, np.empty(0)
     whitened = a.whitener @ a.vectors.T @ cross @ b.vectors @ b.whitener.T
     turn, correlations, _ = np.linalg.svd(whitened)
     left, correlations = a.vectors.T @ turn[:, :n], np.minimum(correlations[:n], 1)
@@ -181,8 +184,9 @@ def pwcca_svcca(a: Directions, b: Directions, cross: Float64) -> float:
     root = np.vstack([np.sqrt(a.variances)[:, None] * left, means[None]])
     triangle: Float64 = np.linalg.qr(root)[1]
     products = (a.variances[:, None] * left).T @ a.vectors.T + np.outer(means, a.mean)
-    weights = np.abs(np.linalg.lstsq(triangle.T, products, rcond=None)[0]).sum(1)
-    return float(weights @ correlations / weights.sum())
+    lower, right = (torch.from_numpy(np.ascontiguousarray(m)) for m in (triangle.T, products))
+    weights = torch.linalg.solve_triangular(lower, right, upper=False).abs().sum(1).numpy()
+    return float(weights @ correlations / weights.sum()), correlations
 
 
 def independent(rank_a: int, rank_b: int, energy: float) -> Float64:

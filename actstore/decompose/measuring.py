@@ -363,17 +363,18 @@ class _Run:
     ) -> tuple[float, float, float]:
         """Return the measure of a pair both ways, and its mean squared correlation."""
         weighted = self.settings.measure == "pwcca"
+        if weighted and self.settings.variant == "svcca":
+            # Google's code weighs by the site with fewer columns, the first of two alike.
+            way = (a, b, cross) if a.rank <= b.rank else (b, a, cross.T)
+            by_a, found = cca.pwcca_svcca(*way)
+            by_b = cca.pwcca_svcca(b, a, cross.T)[0] if a.rank == b.rank else by_a
+            return by_a, by_b, cca.r2_cca(found)
         left, found, right = cca.canonical(a, b, cross, vectors=weighted)
         r2 = cca.r2_cca(found)
-        if not weighted:
-            mean = cca.mean_cca(found, self.settings.share)
-            return mean, mean, r2
-        if self.settings.variant == "paper":
+        if weighted:
             return cca.pwcca(a, left, found), cca.pwcca(b, right, found), r2
-        # Google's code weighs by the site with fewer columns, the first of two alike.
-        by_a = cca.pwcca_svcca(a, b, cross) if a.rank <= b.rank else None
-        by_b = cca.pwcca_svcca(b, a, cross.T) if by_a is None or a.rank == b.rank else by_a
-        return by_b if by_a is None else by_a, by_b, r2
+        mean = cca.mean_cca(found, self.settings.share)
+        return mean, mean, r2
 
     def _cca_null(self, kept: Sequence[cca.Directions]) -> Float64:
         """Return the measure of sites of which one is shifted, ``(shifts, n_sites, n_sites)``.
