@@ -5,6 +5,7 @@ Takes the demo's store, or the one given, and writes ``docs/pictures/*.png`` wit
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,12 @@ from tests.browser import Browser
 
 ROOT = "document.querySelector('[data-actstore-view]').shadowRoot"
 PICTURES = Path(__file__).parent / "pictures"
+# The picture is the same wherever the store lies.
+ANYWHERE = f"""(() => {{
+  const texts = document.createTreeWalker({ROOT}, NodeFilter.SHOW_TEXT);
+  for (let text; (text = texts.nextNode()); )
+    text.data = text.data.replace(PATH, "actstore-demo/store");
+}})()"""
 
 
 def main() -> None:
@@ -32,11 +39,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Browser() as browser:
         for name, (view, width, height) in views.items():
             page = view.to_html(Path(folder) / f"{name}.html")
-            # The picture is the same wherever the store lies.
-            shown = page.read_text().replace(str(store.path), "actstore-demo/store")
-            page.write_text(shown)
             browser.viewport(width, 800, scale=1.5)
             browser.open(page)
+            browser.evaluate(ANYWHERE.replace("PATH", json.dumps(str(store.path))))
             if name == "factors":
                 browser.evaluate(choose)
             whole = browser.evaluate("Math.ceil(document.querySelector('main').scrollHeight)")

@@ -271,15 +271,15 @@ class _Run:
 
     # -- all rows ------------------------------------------------------------------------------
 
-    def _free_bytes(self) -> int:
+    def _free_bytes(self, directions: bool = False) -> int:
         """Return what products may take, beside the blocks they are made from."""
         widths = self.subject.widths
         n_rows = block_rows(sum(widths))
         blocks = 2 * n_rows * (4 * sum(widths) + 2 * self.scan.ranked.row_bytes)
-        # The directions of all sites, and a decomposition of the widest.
-        small = 8 * (sum(w * w for w in widths) + 8 * max(widths) ** 2)
         held = self.subject.held_bytes + _OVERHEAD_BYTES
-        return self.subject.budget_bytes - blocks - small - held
+        if directions:  # of all sites, and a decomposition of the widest
+            held += 8 * (sum(w * w for w in widths) + 8 * max(widths) ** 2)
+        return self.subject.budget_bytes - blocks - held
 
     def _tiles(self, free_bytes: int) -> Iterable[Tile]:
         def tell(done: int, n_all: int) -> None:
@@ -303,7 +303,7 @@ class _Run:
         value, r2 = np.full((2, n_sites, n_sites), math.nan)
         kept: dict[int, cca.Directions] = {}
         variances: list[Float64] = [np.empty(0)] * n_sites
-        for tile in self._tiles(self._free_bytes()):
+        for tile in self._tiles(self._free_bytes(directions=True)):
             for site in tile.rows if tile.rows == tile.columns else ():
                 covariance = tile.moment(site, site) / tile.n
                 variances[site] = np.maximum(np.diagonal(covariance), 0)
