@@ -137,7 +137,7 @@ class Answer:
                 ]
                 for row in plain
             ]
-            n_columns = _columns_thatfit(narrower, width)
+            n_columns = _columns_that_fit(narrower, width)
             if n_columns > shown:  # cut no cell more than shows another column
                 cells, shown = narrower, n_columns
         table = Table(box=None, pad_edge=False, header_style="", show_edge=False)
@@ -207,7 +207,7 @@ def fit(text: str, width: int, name: str) -> str:
     return "…" + "".join(reversed(kept)) if name == "before" else "".join(kept) + "…"
 
 
-def _columns_thatfit(rows: list[list[str]], width: int) -> int:
+def _columns_that_fit(rows: list[list[str]], width: int) -> int:
     """Return how many leading columns can be printed side by side; at least one."""
     n_columns = len(rows[0])
     used = 0
