@@ -402,3 +402,16 @@ def test_correlations_of_the_independent_are_wachters():
         np.testing.assert_allclose(law, found, atol=0.08)
     np.testing.assert_array_equal(cca.independent(5, 3, 0.0), np.zeros(3))
     np.testing.assert_array_equal(cca.independent(5, 3, 1.0), np.ones(3))
+
+
+def test_pwcca_as_in_svcca_of_directions_that_nothing_spans_is_a_number():
+    """Where a site has no part in a direction, weights are those of least squares, not NaN."""
+    a = cca.Directions(np.eye(4)[:, 1:], np.ones(3), np.zeros(4))
+    b = cca.Directions(np.eye(3), np.ones(3), np.zeros(3))
+    cross = np.zeros((4, 3))
+    cross[1, 0] = 0.5
+
+    value, correlations = cca.pwcca_svcca(a, b, cross)
+
+    np.testing.assert_allclose(correlations, [0.5, 0, 0])
+    assert 0 < value <= 0.5
