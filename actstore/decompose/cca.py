@@ -186,7 +186,7 @@ def pwcca_svcca(a: Directions, b: Directions, cross: Float64) -> tuple[float, Fl
     products = (a.variances[:, None] * left).T @ a.vectors.T + np.outer(means, a.mean)
     diagonal = np.abs(np.diagonal(triangle))
     if diagonal.min() > n * np.finfo(np.float64).eps * diagonal.max():
-        # A sixth of the time of least squares, which is for directions that the site has no part in.
+        # A sixth of the time of least squares, which is for directions the site has no part in.
         solved = scipy.linalg.solve_triangular(triangle, products, trans="T")
     else:
         solved = np.linalg.lstsq(triangle.T, products, rcond=None)[0]
