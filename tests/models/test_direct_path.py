@@ -33,6 +33,21 @@ def effects(model: LanguageModel, layer: int) -> np.ndarray:
     return model.direct_path.effects(model.written(Site("mlp_post", layer), np.eye(FFN)))
 
 
+def toy_gemma(config: type[transformers.PreTrainedConfig]) -> tuple[Any, Any]:
+    """Return a small Gemma of random weights, and its tokenizer."""
+    tokenizer = toy_tokenizer("llama")
+    made = config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        intermediate_size=48,
+    )
+    return transformers.AutoModel.from_config(made).eval(), tokenizer
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("given", ["module", "directory", "shards"])
@@ -113,17 +128,7 @@ def test_what_is_no_direct_path_is_refused() -> None:
     bert = load(*toy_model("bert"), device="cpu")
     with pytest.raises(ModelError, match=r"BertModel is not causal.*leave out model="):
         _ = bert.direct_path
-    tokenizer = toy_tokenizer("llama")
-    config = transformers.Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-        intermediate_size=48,
-    )
-    gemma = transformers.AutoModel.from_config(config).eval()
+    gemma, tokenizer = toy_gemma(transformers.Gemma2Config)
     with pytest.raises(ModelError, match="do not add the output of their FFNN"):
         _ = load(gemma, tokenizer, device="cpu").direct_path
     with pytest.raises(ModelError, match=r"'resid_post.1' .* no output weights"):
@@ -132,17 +137,7 @@ def test_what_is_no_direct_path_is_refused() -> None:
 
 def test_a_norm_that_keeps_its_weight_less_one_is_taken_for_what_it_does() -> None:
     """Gemma multiplies by 1 + weight; the gain found is that, since it is measured, not read."""
-    tokenizer = toy_tokenizer("llama")
-    config = transformers.GemmaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-        intermediate_size=48,
-    )
-    gemma = transformers.AutoModel.from_config(config).eval()
+    gemma, tokenizer = toy_gemma(transformers.GemmaConfig)
     torch.nn.init.normal_(gemma.norm.weight, 0.1, 0.5)
     path = load(gemma, tokenizer, device="cpu").direct_path
     assert not path.centred
