@@ -364,11 +364,14 @@ class _Search:
         return best, reached
 
     def _first_places(self) -> _First | None:
-        """Return the first places as far as the lists of the index tell; None without lists."""
+        """Return the first places as far as lists of the index tell; None if they do not help."""
         question, generation = self._question, self._generation
         if generation is None:
             return None
         info, neuron, tables = question.info, question.neuron, self._store.index_tables
+        all_kept = info.keep == ALL and question.group is None
+        if all_kept and not tables.lists_hold(generation, info, neuron, question.k):
+            return None  # the column is read anyway
         side = "top" if question.largest else "bottom"
         found = None
         # The best row of a window that meets a condition need not be the best of the window.

@@ -105,6 +105,15 @@ class IndexTables:
         row_ids, values, documents, positions, token_ids = (found[f].to_numpy() for f in facts)
         return IndexList(row_ids, values, documents, positions, token_ids, table.longest)
 
+    def lists_hold(self, generation: Generation, info: SiteInfo, neuron: int, n: int) -> bool:
+        """Return whether a list of a neuron can tell of n rows: no more fit, or no more exist."""
+        name = f"{generation.folder}/{site_file(info.site, 'exemplars', 'exemplars.parquet')}"
+        if name not in generation.files:
+            return False
+        with self._lock:
+            longest = self._table(name, generation.files).longest
+        return n <= longest or self.n_values(generation, info, neuron) <= longest
+
     def n_values(self, generation: Generation, info: SiteInfo, neuron: int) -> int:
         """Return how many content rows of the covered segments have a value of a neuron."""
         name = f"{generation.folder}/neurons.parquet"

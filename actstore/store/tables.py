@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from actstore.durable import Verifier
 from actstore.errors import RowNotFound
+from actstore.store.rows import stretches
 
 if TYPE_CHECKING:
     from actstore.store.meta import Part
@@ -176,8 +177,10 @@ class TokenTables(_GroupReader):
         with self._lock:
             ends = self._group_ends(file, key)
             numbers = np.searchsorted(ends, places, side="right")
-            for number in np.unique(numbers).tolist():
-                mine = np.flatnonzero(numbers == number)
+            order = np.argsort(numbers, kind="stable")
+            numbers = numbers[order]
+            for a, b in stretches(np.diff(numbers) != 0, len(numbers)):
+                number, mine = int(numbers[a]), order[a:b]
                 local = places[mine] - (int(ends[number - 1]) if number else 0)
                 columns = self._columns_of_group(file, key, number, names)
                 for column, values in zip(found, columns, strict=True):
