@@ -162,7 +162,26 @@ def pwcca(a: Directions, left: Float64, correlations: Float64) -> float:
     return float(weights @ correlations / weights.sum())
 
 
-def pwcca_svcca(a: Directions, b: Directions, cross: Float64) -> tuple[float, Float64]:
+def whitened_alike(a: Directions, b: Directions, cross: Float64) -> Float64:
+    """Return what `pwcca_svcca` takes: the covariance between columns that are whitened in place.
+
+    Parameters
+    ----------
+    a, b : Directions
+        What is kept of either site.
+    cross : ndarray (width of a, width of b)
+        Covariance between them.
+
+    Returns
+    -------
+    ndarray (width of a, width of b)
+        ``W_a cross W_b``, each W the symmetric root of an inverse; transposed, that of `b` and `a`.
+    """
+    found: Float64 = a.whitener @ (a.vectors.T @ cross @ b.vectors) @ b.whitener.T
+    return found
+
+
+def pwcca_svcca(a: Directions, n: int, whitened: Float64) -> tuple[float, Float64]:
     """Return PWCCA weighed by `a` as google/svcca and Ecco compute it, which is not the paper's.
 
     And the canonical correlations, descending.
@@ -170,20 +189,29 @@ def pwcca_svcca(a: Directions, b: Directions, cross: Float64) -> tuple[float, Fl
     There the directions are ``U'(X - mean) + mean``, with U of the symmetric whitening and the
     whitening itself left out, then orthonormal; weights are products with the uncentred columns.
     All of it follows from covariances and means.  Adding the mean makes it depend on the signs that
-    LAPACK gives U, so U comes from the same matrix here; where the smallest variances are rounding
-    it depends on the order of addition, there and here, to 5e-3 on outputs of LayerNorm.
+    LAPACK gives U, so U comes from the same matrix here, once for each order of a pair; where the
+    smallest variances are rounding it depends on the order of addition, there and here, to 5e-3 on
+    outputs of LayerNorm.
+
+    Parameters
+    ----------
+    a : Directions
+        What is kept of the site that weighs.
+    n : int
+        Correlations there are: the lesser rank of the two.
+    whitened : ndarray (width of a, width of the other)
+        From `whitened_alike`.
     """
-    n = min(a.rank, b.rank)
     if not n:
         return math.nan, np.empty(0)
-    whitened = a.whitener @ a.vectors.T @ cross @ b.vectors @ b.whitener.T
     turn, correlations, _ = np.linalg.svd(whitened)
-    left, correlations = a.vectors.T @ turn[:, :n], np.minimum(correlations[:n], 1)
+    correlations = np.minimum(correlations[:n], 1)
     # D = X_c U + 1 m', so D'D = U' C U + m m', of which M is a root; and D'X = U' C + m mean'.
     means = a.mean[:n]
-    root = np.vstack([np.sqrt(a.variances)[:, None] * left, means[None]])
-    triangle: Float64 = np.linalg.qr(root)[1]
-    products = (a.variances[:, None] * left).T @ a.vectors.T + np.outer(means, a.mean)
+    root = np.sqrt(a.variances)[:, None] * a.vectors.T
+    own = root @ turn[:, :n]
+    triangle = np.asarray(np.linalg.qr(np.vstack([own, means[None]]), mode="r"))
+    products = own.T @ root + np.outer(means, a.mean)
     diagonal = np.abs(np.diagonal(triangle))
     if diagonal.min() > n * np.finfo(np.float64).eps * diagonal.max():
         # A sixth of the time of least squares, which is for directions the site has no part in.

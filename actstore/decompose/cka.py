@@ -58,6 +58,10 @@ MIN_BATCH_ROWS = 8
 MIN_BATCHES = 32
 """Batches before an estimate may stop."""
 
+DECKS_AT_ONCE = 2
+"""Decks worked on at a time in this process: what no second thread helps with, of one deck, goes on
+beside the products of the other."""
+
 MIN_DOCUMENTS = 20
 """Documents below which nothing is said of other texts."""
 
@@ -266,7 +270,7 @@ def estimate(
     shares = channel_shares(frame.variance.numpy(), sites)
     ranges = deck.ranges(n_decks)
     dealt = [[next(ranges) for _ in range(n)] for n in steps]
-    with engine.steps(scan, dealt) as running:
+    with engine.steps(scan, dealt, at_once=DECKS_AT_ONCE) as running:
         for step in dealt:
             row_ids, group = groups.of(step)
             sums = running.total(Contributions(sites, frame, row_ids, group, groups.n_groups))

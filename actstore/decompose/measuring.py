@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 
 from actstore.decompose import cca, cka_exact
 from actstore.decompose.cka import (
     BATCH_ROWS,
+    DECKS_AT_ONCE,
     MIN_BATCH_ROWS,
     MIN_BATCHES,
     MIN_DOCUMENTS,
@@ -149,7 +152,9 @@ def measured(
         )
     n_sites = len(subject.infos)
     # Kernels of a batch in some copies, or of the null's; contributions by row and by document.
-    reserved = 8 * n_sites * (5 * max(batch_rows, 512) ** 2 + n_sites * (3 * batch_rows + 2048))
+    of_kernels = 5 * max(DECKS_AT_ONCE * batch_rows**2, 512**2)
+    of_rows = n_sites * (3 * DECKS_AT_ONCE * batch_rows + 2048)
+    reserved = 8 * n_sites * (of_kernels + of_rows)
     scan = subject.scan(reserved_bytes=reserved)
     scan.rows_at_once(batch_rows)  # refuses a budget that is too small before anything is read
     frame = frame_of(scan, engine, settings.standardize)
@@ -277,9 +282,19 @@ class _Run:
         n_rows = block_rows(sum(widths))
         blocks = 2 * n_rows * (4 * sum(widths) + 2 * self.scan.ranked.row_bytes)
         held = self.subject.held_bytes + _OVERHEAD_BYTES
-        if directions:  # of all sites, and a decomposition of the widest
-            held += 8 * (sum(w * w for w in widths) + 8 * max(widths) ** 2)
+        if directions:  # of all sites, and decompositions of pairs
+            held += 8 * sum(w * w for w in widths) + self._pairs_at_once() * self._pair_bytes
         return self.subject.budget_bytes - blocks - held
+
+    @property
+    def _pair_bytes(self) -> int:
+        """What decomposing a pair takes."""
+        return 8 * 8 * max(self.subject.widths) ** 2
+
+    def _pairs_at_once(self) -> int:
+        """Return how many pairs are decomposed at a time, each in a thread."""
+        afforded = self.subject.budget_bytes // 8 // self._pair_bytes
+        return max(1, min(torch.get_num_threads(), afforded))
 
     def _tiles(self, free_bytes: int) -> Iterable[Tile]:
         def tell(done: int, n_all: int) -> None:
@@ -302,17 +317,27 @@ class _Run:
         n_sites = len(self._spans)
         value, r2 = np.full((2, n_sites, n_sites), math.nan)
         kept: dict[int, cca.Directions] = {}
+        n_at_once = self._pairs_at_once()
         variances: list[Float64] = [np.empty(0)] * n_sites
         for tile in self._tiles(self._free_bytes(directions=True)):
             for site in tile.rows if tile.rows == tile.columns else ():
                 covariance = tile.moment(site, site) / tile.n
                 variances[site] = np.maximum(np.diagonal(covariance), 0)
                 kept[site] = self._directions(site, covariance, tile.offset(site))
-            for a, b in tile.pairs():
-                cross = tile.moment(a, b) / tile.n
-                both = self._of_pair(kept[a], kept[b], cross)
-                value[a, b], value[b, a], r2[a, b] = both
-                r2[b, a] = r2[a, b]
+
+            def of_pair(pair: tuple[int, int], tile: Tile = tile) -> tuple[float, float, float]:
+                a, b = pair
+                return self._of_pair(kept[a], kept[b], tile.moment(a, b) / tile.n)
+
+            # LAPACK gains little from a second thread, and a pair needs nothing of another.
+            with (
+                threadpool_limits(1 if n_at_once > 1 else None),
+                ThreadPoolExecutor(n_at_once) as pool,
+            ):
+                pairs = tile.pairs()
+                for (a, b), found in zip(pairs, pool.map(of_pair, pairs), strict=True):
+                    value[a, b], value[b, a], r2[a, b] = found
+                    r2[b, a] = r2[a, b]
         ranks = [kept[site].rank for site in range(n_sites)]
         weighing = np.where(np.isnan(value), math.nan, 0.0)
         n_rows = self.scan.n_rows
@@ -365,9 +390,12 @@ class _Run:
         weighted = self.settings.measure == "pwcca"
         if weighted and self.settings.variant == "svcca":
             # Google's code weighs by the site with fewer columns, the first of two alike.
-            way = (a, b, cross) if a.rank <= b.rank else (b, a, cross.T)
+            n, whitened = min(a.rank, b.rank), cca.whitened_alike(a, b, cross)
+            way = (a, n, whitened) if a.rank <= b.rank else (b, n, whitened.T)
             by_a, found = cca.pwcca_svcca(*way)
-            by_b = cca.pwcca_svcca(b, a, cross.T)[0] if a.rank == b.rank else by_a
+            by_b = by_a
+            if a.rank == b.rank and a is not b:
+                by_b = cca.pwcca_svcca(b, n, whitened.T)[0]
             return by_a, by_b, cca.r2_cca(found)
         left, found, right = cca.canonical(a, b, cross, vectors=weighted)
         r2 = cca.r2_cca(found)

@@ -411,7 +411,7 @@ def test_pwcca_as_in_svcca_of_directions_that_nothing_spans_is_a_number():
     cross = np.zeros((4, 3))
     cross[1, 0] = 0.5
 
-    value, correlations = cca.pwcca_svcca(a, b, cross)
+    value, correlations = cca.pwcca_svcca(a, 3, cca.whitened_alike(a, b, cross))
 
     np.testing.assert_allclose(correlations, [0.5, 0, 0])
     assert 0 < value <= 0.5
