@@ -72,8 +72,9 @@ def error(store: CoreStore, scales: Sequence[float], loadings: Loadings) -> floa
             codes, _ = solve_codes(
                 weights @ part.T, weights @ weights.T, n_sweeps=1000, tolerance=1e-6
             )
-            rest += float(torch.linalg.vector_norm(part - codes.T @ weights)) ** 2
-            total += float(torch.linalg.vector_norm(part)) ** 2
+            # In float64: a norm of so many float32 numbers loses the third digit.
+            rest += float((part - codes.T @ weights).double().square().sum())
+            total += float(part.double().square().sum())
     return float(np.sqrt(rest / total))
 
 

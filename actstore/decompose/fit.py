@@ -94,7 +94,7 @@ class Fit:
     clock : Clock
         Told of every stage.
     start : Tensor (k, width), optional
-        Loadings to start from, for all dictionaries.
+        Loadings to start from, for all dictionaries; before online passes improved on a sample.
     """
 
     def __init__(
@@ -185,7 +185,8 @@ class Fit:
         self.dictionaries = [Dictionary(torch.zeros(k, scan.width)) for k, _ in settings.fits]
         if self._start is not None:
             self.dictionaries = [Dictionary(self._start.clone(), n) for n in settings.n_active]
-            return
+            if not settings.passes:
+                return  # batch passes go on from where it is
         seeds = list(dict.fromkeys(seed for _, seed in settings.fits))
         whole = len(sample) == scan.n_rows
         # Samples of all rows are the same rows: seeds share them then, and the last rounds.
@@ -199,7 +200,10 @@ class Fit:
                 mine = [i for i, (_, other) in enumerate(settings.fits) if other == seed]
                 ks = [settings.fits[i][0] for i in mine]
                 n_active = [settings.n_active[i] for i in mine]
-                found = start.dictionaries(ks, n_active, seed, _ONLINE_SWEEPS)
+                found = [self.dictionaries[i] for i in mine]
+                if self._start is None:
+                    found = start.dictionaries(ks, n_active, seed)
+                start.improve_on_part(found, seed, _ONLINE_SWEEPS)
                 for i, dictionary in zip(mine, found, strict=True):
                     self.dictionaries[i] = dictionary
             here = [i for i, (_, seed) in enumerate(settings.fits) if seed in together]
@@ -221,7 +225,7 @@ class Fit:
         range_blocks = max(1, n_blocks // _RANGES)
         for epoch in range(self._settings.passes):
             # What a sample took of a read the first pass gives back.
-            limit = n_rows - (self._sample_rows if epoch == 0 and self._start is None else 0)
+            limit = n_rows - (self._sample_rows if epoch == 0 else 0)
             if limit <= 0:
                 continue
             ranges = self._scan.mixed_ranges(
@@ -236,7 +240,7 @@ class Fit:
             return
         form = self._product_form
         n_rows = self._scan.n_rows
-        total = n_rows * self._settings.passes - (self._sample_rows if self._start is None else 0)
+        total = n_rows * self._settings.passes - self._sample_rows
         if total <= 0:
             return
         self._clock.start("online passes", total)

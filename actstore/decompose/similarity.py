@@ -99,7 +99,7 @@ def similarity(
         variance (float).
     batch_rows : int, optional
         Rows of a batch of the estimate; by default 256, or fewer where the rows would not fill 32
-        batches.
+        batches. Of much fewer than 100 the intervals for this store are a little too narrow.
     max_batches : int, default 4096
         Stop the estimate after so many in any case.
     seed : int, default 0

@@ -69,17 +69,11 @@ class Start:
         """Rows that were read again, where the sample does not lie in memory."""
 
     def dictionaries(
-        self,
-        n_components: Sequence[int],
-        n_active: Sequence[int | None],
-        seed: int,
-        n_sweeps: int,
+        self, n_components: Sequence[int], n_active: Sequence[int | None], seed: int
     ) -> list[Dictionary]:
-        """Return dictionaries of one seed, improved on its part of the sample.
+        """Return dictionaries of one seed, found in its part of the sample.
 
-        Rounds are cheap on a part, and the first gain most.
-
-        Cost: ``_POWER_ITERATIONS + 2 + _PART_ROUNDS`` times through the part; memory O(width x k).
+        Cost: ``_POWER_ITERATIONS + 2`` times through the part; memory O(width x k).
 
         Parameters
         ----------
@@ -90,22 +84,34 @@ class Start:
             loadings are not negative.
         seed : int
             Decides the part, and the random range.
-        n_sweeps : int
-            Sweeps of the codes.
         """
-        n_blocks = len(self._sample.ranges)
-        order = np.random.default_rng([3, seed]).permutation(n_blocks)
-        part = [self._sample.ranges[i] for i in np.sort(order[: -(-n_blocks // _PART)])]
+        part = self._part(seed)
         if n_active[0] is not None:
-            found = [
+            return [
                 self._seeded(k, n, part, seed)
                 for k, n in zip(n_components, n_active, strict=True)
                 if n
             ]
-        else:
-            found = [Dictionary(loadings) for loadings in self._nndsvda(n_components, part, seed)]
-        self._rounds(found, part, _PART_ROUNDS, n_sweeps)
-        return found
+        return [Dictionary(loadings) for loadings in self._nndsvda(n_components, part, seed)]
+
+    def _part(self, seed: int) -> list[Range]:
+        n_blocks = len(self._sample.ranges)
+        order = np.random.default_rng([3, seed]).permutation(n_blocks)
+        return [self._sample.ranges[i] for i in np.sort(order[: -(-n_blocks // _PART)])]
+
+    def improve_on_part(self, dictionaries: Sequence[Dictionary], seed: int, n_sweeps: int) -> None:
+        """Improve dictionaries on a part of the sample: its rounds are cheap, the first gain most.
+
+        Parameters
+        ----------
+        dictionaries : sequence of Dictionary
+            Improved in place.
+        seed : int
+            Decides the part.
+        n_sweeps : int
+            Sweeps of the codes.
+        """
+        self._rounds(dictionaries, self._part(seed), _PART_ROUNDS, n_sweeps)
 
     def improve(self, dictionaries: Sequence[Dictionary], n_rounds: int, n_sweeps: int) -> None:
         """Improve dictionaries on the sample; their surrogate is then that of its rows.
