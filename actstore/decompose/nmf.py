@@ -122,7 +122,8 @@ def nmf(
         How many of these passes there may be.
     start : array_like (k, n_neurons), optional
         Loadings to start from, of the sites in their order, as `Factors.loadings` has them; by
-        default they are found in a sample.
+        default they are found in a sample. Either way they are improved on it before the first
+        online pass; with ``passes=0`` batch passes go on from where they are.
     bound : {"exact", None}, default None
         ``"exact"`` adds what no factorisation of so many factors can fall below: the error of the
         truncated SVD, from the Gram of all neurons (at most 20,000), for one more read.

@@ -209,6 +209,16 @@ def test_two_passes_are_three_reads(made):
     assert nmf(store, None, 3, passes=2).summary["reads"] == pytest.approx(3, abs=0.01)
 
 
+def test_given_loadings_are_improved_before_the_first_pass(made):
+    """One online pass from any loadings ends as low as from those that a sample gives."""
+    store, _ = made
+    start = np.random.default_rng(0).random((4, 90))
+    given, found = nmf(store, None, 4, start=start), nmf(store, None, 4)
+
+    assert given.summary["error"] < 1.002 * found.summary["error"]
+    assert given.summary["reads"] == pytest.approx(2, abs=0.01)
+
+
 def test_dead_components_are_revived(made):
     """A start with loadings of zero ends with every factor in use."""
     store, _ = made
