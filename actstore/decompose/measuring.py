@@ -283,7 +283,7 @@ class _Run:
         blocks = 2 * n_rows * (4 * sum(widths) + 2 * self.scan.ranked.row_bytes)
         held = self.subject.held_bytes + _OVERHEAD_BYTES
         if directions:  # of all sites, and decompositions of pairs
-            held += 8 * sum(w * w for w in widths) + self._pairs_at_once() * self._pair_bytes
+            held += 8 * sum(w * w for w in widths) + self._pairs_at_once * self._pair_bytes
         return self.subject.budget_bytes - blocks - held
 
     @property
@@ -291,6 +291,7 @@ class _Run:
         """What decomposing a pair takes."""
         return 8 * 8 * max(self.subject.widths) ** 2
 
+    @property
     def _pairs_at_once(self) -> int:
         """Return how many pairs are decomposed at a time, each in a thread."""
         afforded = self.subject.budget_bytes // 8 // self._pair_bytes
@@ -317,7 +318,7 @@ class _Run:
         n_sites = len(self._spans)
         value, r2 = np.full((2, n_sites, n_sites), math.nan)
         kept: dict[int, cca.Directions] = {}
-        n_at_once = self._pairs_at_once()
+        n_at_once = self._pairs_at_once
         variances: list[Float64] = [np.empty(0)] * n_sites
         for tile in self._tiles(self._free_bytes(directions=True)):
             for site in tile.rows if tile.rows == tile.columns else ():

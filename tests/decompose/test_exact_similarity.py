@@ -220,6 +220,25 @@ def test_cca_measures_are_the_references(store, monkeypatch):
     assert found["pwcca"].df().weighing_site.to_list() == found["pwcca"].df().site_a.to_list()
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_both_orders_of_sites_of_one_width_are_those_of_svcca(tmp_path, n_threads):
+    """Each order of a pair has its own value, whether pairs come one by one or together."""
+    store = synthetic_store(tmp_path / "s", drifting(2000, [19, 19, 19]), dtype="float32")
+    blocks = stored(store)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        found = similarity(store, None, measure="pwcca", variant="svcca")
+    finally:
+        torch.set_num_threads(before)
+
+    for a, b in ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)):
+        expected = references.pwcca_svcca(blocks[a], blocks[b])
+        assert found.matrix[a, b] == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(np.diagonal(found.matrix), 1, atol=1e-6)
+    assert np.abs(found.matrix - found.matrix.T).max() > 1e-4
+
+
 def test_svcca_keeps_the_share_of_variance(store):
     """`principal` as a share keeps as many directions as hold it."""
     found = similarity(store, None, measure="svcca", principal=0.8)
