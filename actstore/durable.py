@@ -15,7 +15,7 @@ import mmap
 import os
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -446,11 +446,17 @@ class ArraysFile(Mapping[str, npt.NDArray[Any]]):
         return len(self._arrays.files)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> FileFacts:
-    """Write named arrays durably, the same bytes for the same arrays; return bytes and crc32c."""
+def write_arrays(
+    path: Path,
+    arrays: Mapping[str, npt.NDArray[Any]] | Iterable[tuple[str, npt.NDArray[Any]]],
+) -> FileFacts:
+    """Write named arrays durably, the same bytes for the same arrays; return bytes and crc32c.
+
+    Of an iterable of names and arrays each is let go before the next is asked for.
+    """
     partial = partial_of(path)
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, array in arrays.items():
+        for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
             # np.savez stamps the time into every member; a fixed one keeps equal stores equal.
             member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             with archive.open(member, "w", force_zip64=True) as file:

@@ -8,10 +8,11 @@ is that of the lists of the few sites that are merged at the same time.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from actstore.capturing.lists import (
     states_of,
     unpack,
 )
-from actstore.durable import FileFacts
+from actstore.durable import ArraysFile, FileFacts
 from actstore.errors import DamagedFile
 from actstore.folds import FOLDS
 from actstore.folds.histogram import Histogram, HistogramState, bin_edges
@@ -43,6 +44,7 @@ from actstore.store.segment_writer import drop_partials, read_partial
 
 _MOMENTS, _HISTOGRAM = Moments(), Histogram()
 _GROUP_ROWS = 20_000
+_OPEN_AT_ONCE = 32  # partials; the names of the arrays of one take about a megabyte
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -76,14 +78,15 @@ def compact(
         writer = _GenerationWriter(store, folder)
 
         def site(info: SiteInfo) -> tuple[pa.Table, dict[str, npt.NDArray[Any]]]:
-            merged = _merge(store, base, info, new)
+            merged = _merge(store, base, info, partials)
             writer.write_site(info, merged, _exemplars(store, base, info, merged))
             states = [pack(info.site, state, merged[state]) for state in ("moments", "others")]
             return _neurons(info, merged), states[0] | states[1]
 
         neurons: list[pa.Table] = []
         states: dict[str, npt.NDArray[Any]] = {}
-        with ThreadPoolExecutor(_THREADS, "actstore-index") as pool:
+        partials = _Partials(store, new)
+        with partials, ThreadPoolExecutor(_THREADS, "actstore-index") as pool:
             for table, packed in pool.map(site, store.meta.sites):
                 neurons.append(table)
                 states |= packed
@@ -130,9 +133,9 @@ def _check_closed(store: CoreStore, segments: Sequence[int], covers: Sequence[in
 
 
 def _merge(
-    store: CoreStore, base: Generation | None, info: SiteInfo, segments: Sequence[int]
+    store: CoreStore, base: Generation | None, info: SiteInfo, partials: _Partials
 ) -> dict[str, Any]:
-    """Return the states of a site over the base and more segments, merged in their order."""
+    """Return the states of a site over the base and partials, merged in their order."""
     states = states_of(store, info)
     merged = {state: FOLDS[STATES[state]].start(info.width) for state in states}
     if base is not None:
@@ -143,12 +146,43 @@ def _merge(
         for state in states:
             if state not in ("topk", "window_top"):
                 merged[state] = reader.state(info, state)
-    for segment in segments:
-        with read_partial(store, segment, "folds") as partial:
-            for state in states:
-                fold = FOLDS[STATES[state]]
-                merged[state] = fold.merge(merged[state], unpack(partial, info.site, state))
+    for partial in partials:
+        for state in states:
+            fold = FOLDS[STATES[state]]
+            merged[state] = fold.merge(merged[state], unpack(partial, info.site, state))
     return merged
+
+
+class _Partials:
+    """What segments add to the folds, in their order, for every site anew.
+
+    To be entered.  The first of them stay open: to read the names of all arrays of a partial again
+    for each site takes longer than to read what is asked for.
+    """
+
+    def __init__(self, store: CoreStore, segments: Sequence[int]) -> None:
+        self._store = store
+        self._kept_open, self._others = segments[:_OPEN_AT_ONCE], segments[_OPEN_AT_ONCE:]
+        self._open: list[ArraysFile] = []
+        self._leave = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as leave:
+            self._open = [leave.enter_context(self._read(segment)) for segment in self._kept_open]
+            self._leave = leave.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave.close()
+
+    def __iter__(self) -> Iterator[ArraysFile]:
+        yield from self._open
+        for segment in self._others:
+            with self._read(segment) as partial:
+                yield partial
+
+    def _read(self, segment: int) -> ArraysFile:
+        return read_partial(self._store, segment, "folds")
 
 
 def _neurons(info: SiteInfo, merged: dict[str, Any]) -> pa.Table:

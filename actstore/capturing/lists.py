@@ -10,7 +10,7 @@ crash cannot leave a threshold behind that no list justifies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,10 +88,25 @@ def pack(site: Site, state: str, value: Any) -> dict[str, npt.NDArray[Any]]:
 
 def unpack(arrays: Mapping[str, npt.NDArray[Any]], site: Site, state: str) -> Any:
     """Return the state that `pack` packed."""
-    prefix = f"{site}/{state}/"
-    names = [name for name in arrays if name.startswith(prefix)]
-    fold = FOLDS[STATES[state]]
-    return fold.from_arrays({name.removeprefix(prefix): arrays[name] for name in names})
+    return FOLDS[STATES[state]].from_arrays(_Fields(arrays, f"{site}/{state}/"))
+
+
+class _Fields(Mapping[str, npt.NDArray[Any]]):
+    """The arrays whose names begin alike, by the rest of their names; each read when asked for."""
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], prefix: str) -> None:
+        self._arrays = arrays
+        self._prefix = prefix
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self._arrays[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        whole = (name for name in self._arrays if name.startswith(self._prefix))
+        return (name.removeprefix(self._prefix) for name in whole)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def states_of(store: CoreStore, info: SiteInfo) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -422,16 +422,9 @@ class Worker:
         for info in self._store.meta.kept_sites:
             if is_sample(info.keep):
                 self._sampled.finish(work.writer, info)
-        arrays: dict[str, npt.NDArray[Any]] = {}
         lists: dict[Site, SiteLists] = {}
         counts: dict[str, SiteCounts] = {}
-        for i, site in enumerate(self._store.sites):
-            found = work.folds.finish(i)
-            arrays |= pack_site(site, found)
-            lists[site] = SiteLists(found.topk, found.window_top, found.sample.row_ids)
-            if found.nan.n or found.overflow.n:
-                counts[str(site)] = _counts(found)
-        work.writer.write_partial("folds", arrays)
+        work.writer.write_partial("folds", self._packed(work, lists, counts))
         work.writer.commit(counts, work.relied_on)
         with self._lists_lock:
             self._lists.add(work.segment, lists)
@@ -439,11 +432,25 @@ class Worker:
         self._under_way.remove(work)
         work.leave.close()
         # What a segment needed would add up with what the next ones need.
-        del work, found, arrays, lists
+        del work, lists
         self._store.tokens_tables.forget()
         give_back()
         if needs_compaction(self._store, self._compact_every):
             compact(self._store, only_prefix=True)
+
+    def _packed(
+        self, work: _SegmentWork, lists: dict[Site, SiteLists], counts: dict[str, SiteCounts]
+    ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """Yield the states of a segment as named arrays; its lists and faults are noted on the way.
+
+        Site by site: all at once they would be nearly as much memory again as the folds take.
+        """
+        for i, site in enumerate(self._store.sites):
+            found = work.folds.finish(i)
+            lists[site] = SiteLists(found.topk, found.window_top, found.sample.row_ids)
+            if found.nan.n or found.overflow.n:
+                counts[str(site)] = _counts(found)
+            yield from pack_site(site, found).items()
 
 
 def _place_in_model(item: tuple[int, SiteInfo]) -> tuple[int, int]:

@@ -19,26 +19,7 @@ from actstore.errors import ArgumentError
 from actstore.folds.base import Array, read_values
 from actstore.folds.gram import RunningGram
 from actstore.folds.histogram import N_BINS, HistogramState
-from actstore.folds.kernel import (
-    BITS,
-    BOTTOM,
-    FLOAT32_MAX,
-    GROUP,
-    N_COUNTS,
-    NAN,
-    NO_BIN,
-    OVERFLOW,
-    TOP,
-    Candidates,
-    Found,
-    Sums,
-    Window,
-    decode,
-    encode,
-    first_limits,
-    fold_columns,
-    nothing_found,
-)
+from actstore.folds.kernel import GROUP, first_limits, fold_columns
 from actstore.folds.moments import MomentsState, from_power_sums
 from actstore.folds.passes import (
     SAMPLE_ROWS,
@@ -50,8 +31,25 @@ from actstore.folds.passes import (
     check_order,
     check_sites,
 )
+from actstore.folds.running import (
+    BITS,
+    BOTTOM,
+    FLOAT32_MAX,
+    N_COUNTS,
+    NAN,
+    NO_BIN,
+    OVERFLOW,
+    TOP,
+    Candidates,
+    Found,
+    Sums,
+    Window,
+    encode,
+    nothing_found,
+    ranked,
+)
 from actstore.folds.sample import EVERY_HASH, Sample
-from actstore.folds.topk import Ranked, TopKState, empty_list
+from actstore.folds.topk import TopKState
 from actstore.folds.zones import zones_of
 from actstore.shard import DTYPES
 
@@ -232,8 +230,8 @@ class BandFolds:
         return SiteFolds(
             moments=_moments(site.content),
             moments_others=_moments(site.others),
-            topk=TopKState(*_lists(site.candidates, self.first_row_id)),
-            window_top=_lists(site.with_open_window(), self.first_row_id)[0],
+            topk=TopKState(*ranked(site.candidates, self.first_row_id)),
+            window_top=ranked(site.with_open_window(), self.first_row_id)[0],
             histogram=HistogramState(site.counted()),
             zones=zones_of(site.zones, site.width),
             sample=site.sample,
@@ -408,25 +406,6 @@ def _moments(sums: Sums) -> MomentsState:
     )
 
 
-def _lists(candidates: Candidates, first_row_id: int) -> list[Ranked]:
-    """Return the candidates' best k of each list, decoded and in order."""
-    lists = []
-    for side, (all_keys, n_keys) in enumerate(zip(candidates.keys, candidates.counts, strict=True)):
-        # 0 is no key: it would stand for NaN.
-        keys = all_keys[:, : n_keys.max(initial=0)].copy()
-        keys[np.arange(keys.shape[1]) >= n_keys[:, None]] = 0
-        keys.sort(axis=1)
-        keys = keys[:, ::-1][:, : candidates.k]
-        values, offsets = decode(keys, side)
-        taken = keys != 0
-        ranked = empty_list(n_keys.size, candidates.k)
-        ranked.counts[:] = np.minimum(n_keys, candidates.k)
-        ranked.values[:, : keys.shape[1]][taken] = values[taken]
-        ranked.row_ids[:, : keys.shape[1]][taken] = first_row_id + offsets[taken]
-        lists.append(ranked)
-    return lists
-
-
 def warm_up() -> None:
     """Compile, or load from the cache, what `BandFolds` runs: some seconds the first time."""
     for dtype in DTYPES:
@@ -434,3 +413,4 @@ def warm_up() -> None:
         band = np.zeros((1, _GROUPS_OF_K, 1), DTYPES[dtype])
         rows = np.arange(_GROUPS_OF_K)
         folds.update(0, band, rows, np.arange(0), rows)
+        folds.finish(0)

@@ -16,13 +16,12 @@ All but steps 3 and the counting are short loops over columns that compile to ve
 only step 3 branches.  Columns are independent, so threads share out columns and the result has the
 same bits for any number of them.
 
-**Candidates.**  A candidate is one integer, ``rank of its value << 32 | 2**32 - 1 - offset``, so
-that a larger key is a better place: higher value (for the bottom list lower), then lower row.  A
-column holds some more than k of them; when they are full, the best k stay and the k-th becomes the
-limit.  Rows come in ascending order, so a later row that ties with the limit loses, and is not
-looked at: without that, every zero of a ReLU would be a candidate for the bottom list, and every
-minimum of a GELU.  A tie with the threshold of *committed segments* loses if the threshold's row
-comes before the band; where segments are done out of order it may win, and is a candidate.
+**Candidates.**  A column holds some more than k keys of a list (`actstore.folds.running`); when
+they are full, the best k stay and the k-th becomes the limit.  Rows come in ascending order, so a
+later row that ties with the limit loses, and is not looked at: without that, every zero of a ReLU
+would be a candidate for the bottom list, and every minimum of a GELU.  A tie with the threshold of
+*committed segments* loses if the threshold's row comes before the band; where segments are done out
+of order it may win, and is a candidate.
 
 In the first band of a store everything would be a candidate for long, so `first_limits` goes ahead
 there: cut into groups, the rows have at least k values as high as the k-th of the groups' maxima.
@@ -43,7 +42,7 @@ bfloat16, uint32 float32.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -54,96 +53,27 @@ from numpy.typing import NDArray
 from actstore.compiled import compiled
 from actstore.folds.base import Array
 from actstore.folds.histogram import LAST_PLACE
+from actstore.folds.running import (
+    BOTTOM,
+    FLOAT32_MAX,
+    LOW,
+    N_PLACES,
+    NAN,
+    NO_BIN,
+    NOT_HERE,
+    OVERFLOW,
+    SIGN,
+    TOP,
+    Candidates,
+    Found,
+    Sums,
+    Window,
+)
 
 GROUP = 8
 """Rows taken together; an accumulator is then read and written once in eight values."""
 TILE = 256
 """Columns taken together at most: eight rows of them as float32 fill 8 KiB of the first cache."""
-N_PLACES = 16
-"""Places of NaN and of overflow that are remembered."""
-BITS = {"float16": np.uint16, "bfloat16": np.int16, "float32": np.uint32}
-"""What the bits of each stored dtype are seen as, which tells the kernel how to read them."""
-
-N_COUNTS = 272
-"""Counts of a column from one to the next: its 256 bins and what keeps columns apart."""
-NO_BIN = 255
-"""The bin where NaN is counted, which holds no value."""
-NOT_HERE = -1
-"""Of an open window's highest value: it was met in an earlier band."""
-
-TOP, BOTTOM = 0, 1
-NAN, OVERFLOW = 0, 1
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-NOWHERE = np.uint64(2**64 - 1)
-LOW = np.uint64(2**32 - 1)
-SIGN = np.uint64(2**31)
-
-
-class Sums(NamedTuple):
-    """Running sums of some rows of one site; the last axis is the width."""
-
-    shift: NDArray[np.float64]
-    """What the powers are taken about; NaN until the first rows come."""
-    powers: NDArray[np.float64]
-    """Sums of (value - shift)**p, p = 1 … 4, and of the squares of positive values: (5, width)."""
-    extremes: NDArray[np.float32]
-    """Largest and smallest value, (2, width)."""
-    n: NDArray[np.int64]
-    """Values, NaN not counted."""
-    n_positive: NDArray[np.int64]
-    """Values above 0."""
-
-
-class Candidates(NamedTuple):
-    """What may still enter some lists of one site: the top and bottom list, or a top list alone."""
-
-    keys: NDArray[np.uint64]
-    """Keys in no order, (lists, width, capacity)."""
-    counts: NDArray[np.int32]
-    """Keys held, (lists, width)."""
-    limits: NDArray[np.float32]
-    """Values a candidate must exceed (top) or fall below (bottom), (lists, width)."""
-    k: int
-    """How many are kept when the keys are full."""
-
-
-class Window(NamedTuple):
-    """The window that is open where a band ends."""
-
-    highs: NDArray[np.float32]
-    """Its highest value so far, -inf where there is none; shape (width,)."""
-    offsets: NDArray[np.int64]
-    """Offset in the segment of the first row that has it, where it passes the limit; (width,)."""
-
-
-class Found(NamedTuple):
-    """NaN and infinities that were met."""
-
-    counts: NDArray[np.int64]
-    """How many, (2,)."""
-    places: NDArray[np.uint64]
-    """The first of them, as ``offset << 32 | column``, ascending, (2, N_PLACES)."""
-
-
-def nothing_found() -> Found:
-    """Return no faults."""
-    return Found(np.zeros(2, np.int64), np.full((2, N_PLACES), NOWHERE))
-
-
-def decode(keys: NDArray[np.uint64], side: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the values and offsets that keys stand for; NaN for the key 0, which none has."""
-    ranks = keys >> np.uint64(32)
-    if side == BOTTOM:
-        ranks ^= LOW
-    codes = np.where(ranks & SIGN, ranks ^ SIGN, ranks ^ LOW).astype(np.uint32)
-    return codes.view(np.float32), (LOW - (keys & LOW)).astype(np.int64)
-
-
-def encode(values: NDArray[np.float32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return the keys of a top list for values, none of them -0.0, and the rows that have them."""
-    codes = values.view(np.uint32).astype(np.uint64)
-    ranks = codes ^ np.where(codes & SIGN, LOW, SIGN)
-    return np.asarray(ranks << np.uint64(32) | (LOW - offsets.astype(np.uint64)))
 
 
 def _to_float(typing_context: Any, bits: Any) -> Any:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from actstore.errors import ArgumentError
 from actstore.folds.gram import GramState
 from actstore.folds.histogram import HistogramState
-from actstore.folds.kernel import N_PLACES, NAN, NOWHERE, OVERFLOW, TILE, Found, nothing_found
+from actstore.folds.kernel import TILE
 from actstore.folds.moments import MomentsState
+from actstore.folds.running import N_PLACES, NAN, NOWHERE, OVERFLOW, Found, nothing_found
 from actstore.folds.sample import EVERY_HASH, SampleState
 from actstore.folds.topk import Ranked, Thresholds, TopKState
 from actstore.folds.window_top import WindowThresholds

@@ -98,8 +98,8 @@ class SegmentWriter:
             self._shards[name] = (path, file, ShardWriter(file, self._store.layout(info)))
         self._shards[name][2].write_band(band)
 
-    def write_partial(self, fold: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write what the segment adds to a fold."""
+    def write_partial(self, fold: str, arrays: Iterable[tuple[str, npt.NDArray[Any]]]) -> None:
+        """Write what the segment adds to a fold, named arrays one after the other."""
         name = f"partials/{fold}/{self.segment.segment:08d}.npz"
         path = self._store.path / name
         durable.make_folder(path.parent)

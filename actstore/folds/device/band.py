@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actstore.folds.kernel import N_PLACES, NAN, OVERFLOW, Found, nothing_found
+from actstore.folds.running import N_PLACES, NAN, OVERFLOW, Found, nothing_found
 
 TORCH_DTYPES = {
     "float16": torch.float16,

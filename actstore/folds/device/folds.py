@@ -52,7 +52,6 @@ from actstore.folds.device.lists import (
 from actstore.folds.device.pieces import Fetched, Pieces, cut, to_device
 from actstore.folds.device.sums import GramSums, RunningSums, power_sums, signs
 from actstore.folds.histogram import N_BINS, HistogramState, bins_of
-from actstore.folds.kernel import NAN, NO_BIN, OVERFLOW
 from actstore.folds.passes import (
     BandRows,
     FaultsMet,
@@ -62,6 +61,7 @@ from actstore.folds.passes import (
     check_order,
     check_sites,
 )
+from actstore.folds.running import NAN, NO_BIN, OVERFLOW
 from actstore.folds.sample import EVERY_HASH, Sample, SampleState
 from actstore.folds.topk import Ranked, TopKState, empty_list
 from actstore.folds.zones import zones_of
