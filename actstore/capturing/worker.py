@@ -43,6 +43,8 @@ OnFault = Literal["error", "count"]
 
 # Per place of a running list: value and row in the top, the bottom and the window list.
 _LIST_BYTES = 3 * 12
+# Segments whose states are held at a time.
+_UNDER_WAY = 2
 # Bands of a segment of 65,536 rows in chunks of 4,096.
 _USUAL_BANDS = 16
 # A wait that is less than this part of the time is no bottleneck.
@@ -58,7 +60,7 @@ class Timing:
     folds: float = 0.0
     """The pass over bands; on a GPU, the wait for the model that fills them is in it."""
     waiting: float = 0.0
-    """The model's wait for a free band, which the disk has not given back yet."""
+    """The model's wait for what the disk has not given back yet: a free band, or a commit."""
     planning: float = 0.0
     """The model's wait for a part of the plan."""
     writing: float = 0.0
@@ -125,7 +127,7 @@ def list_bytes(
     of sites named in `grams`, Gram matrices too.
     """
     return sum(
-        2
+        _UNDER_WAY
         * state_bytes(
             info.width, info.dtype, TOPK.k, SAMPLE.n_rows, n_bands, str(info.site) in grams
         )
@@ -206,6 +208,8 @@ class Worker:
         self._sampled = SampledBands(store.meta)
         self._failure: BaseException | None = None
         self._under_way: list[_SegmentWork] = []
+        # A segment is captured while the one before is committed: so many states are in the budget.
+        self._places = threading.Semaphore(_UNDER_WAY)
         self._rows_done = self._rows_planned = 0
         self._lists = RunningLists(store)
         self._lists_lock = threading.Lock()
@@ -273,8 +277,10 @@ class Worker:
         return _SegmentWork(segment, writer, folds, *rows, windows, len(flags), [], leave)
 
     def _capture(self, segment: int) -> int:
+        self._wait_for_place()
         work = self._begin(segment)
         if work is None:
+            self._places.release()
             return 0
         self._under_way.append(work)
         for batch in batches(self._store, self._model, segment):
@@ -288,6 +294,13 @@ class Worker:
         self._rows_done += work.rows
         self._tasks.put((work, 0, None))
         return work.rows
+
+    def _wait_for_place(self) -> None:
+        """Wait until few enough segments are under way, as the commits of small ones may lag."""
+        started = time.perf_counter()
+        while not self._places.acquire(timeout=0.2):
+            self._check_writer()
+        self.timing.waiting += time.perf_counter() - started
 
     def _wait(self, bands: queue.Queue[Band]) -> Band:
         """Return a band that the writer gave back, once it has."""
@@ -405,6 +418,8 @@ class Worker:
             finally:
                 if band is not None:
                     self._bands.written(band)
+                else:
+                    self._places.release()
             seconds = time.perf_counter() - started
             self.timing.writing += seconds
             if band is None:

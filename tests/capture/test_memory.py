@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from actstore.capturing.worker import Worker
+from tests.captured import Captured
 
 _RUN = """
 import json, resource, sys
@@ -46,3 +52,28 @@ def test_a_store_of_twice_the_budget_is_captured_within_it(tmp_path: Path) -> No
     assert found["rows"] == 32_768
     assert found["bytes"] > 2 * 64 * 2**20
     assert found["grown"] <= 64 * 2**20
+
+
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_slow_commits_hold_the_model_back(
+    keep: str, toy_capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States of two segments are held at most, however long the commits of small ones take."""
+    held: list[int] = []
+    begin, commit = Worker._begin, Worker._commit
+
+    def counting(self: Worker, segment: int) -> Any:
+        held.append(len(self._under_way) + 1)
+        return begin(self, segment)
+
+    def slow(self: Worker, work: Any) -> None:
+        time.sleep(0.1)
+        commit(self, work)
+
+    monkeypatch.setattr(Worker, "_begin", counting)
+    monkeypatch.setattr(Worker, "_commit", slow)
+
+    store = toy_capture(keep=keep).store
+
+    assert len(store.committed) == len(held) >= 5
+    assert max(held) == 2
