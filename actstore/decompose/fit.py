@@ -31,7 +31,7 @@ from actstore.decompose.exact import Exact, ExactWork
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.online import Dictionary, SurrogateWork, product_dtype, take
 from actstore.decompose.scan import BLOCK_ROWS, Form, Range, Scan
-from actstore.decompose.start import Start
+from actstore.decompose.start import Start, n_tried
 
 SAMPLE_ROWS = 16_384
 _WHOLE_ROWS = 32_768  # so few are a sample by themselves
@@ -43,7 +43,7 @@ _LEAST_SAMPLE_ROWS = 4096
 _STEPS = 64  # of an online pass
 _STEP_ROWS = 1024  # at least
 _RANGES = 16  # of a step, where it has so many blocks
-_ONLINE_SWEEPS = 6
+_ONLINE_SWEEPS = 12
 _IMPROVE_SWEEPS = 1
 _FORGETTING = 2  # the surrogate is about half of the rows so far, the later ones
 _BATCH_SWEEPS = 100
@@ -76,6 +76,17 @@ class Settings:
         if self.active is None:
             return [None] * len(self.fits)
         return [max(1, math.ceil(self.active * k)) for k, _ in self.fits]
+
+    @property
+    def tries(self) -> bool:
+        """Whether the best of several beginnings is taken: with signed loadings, or more passes."""
+        return self.active is not None or self.passes > 1
+
+    @property
+    def n_stacked(self) -> int:
+        """Components that are worked on at a time, at most."""
+        tried = [k * n_tried(k, signed=self.active is not None) for k, _ in self.fits]
+        return max([sum(k for k, _ in self.fits), *(tried if self.tries else [])])
 
 
 class Fit:
@@ -119,8 +130,7 @@ class Fit:
         """Rows read so far, each time they were."""
         self.n_batch_passes = 0
         """Batch passes made."""
-        n_factors = sum(k for k, _ in settings.fits)
-        self.at_once = at_once(scan, n_factors)
+        self.at_once = at_once(scan, settings.n_stacked)
         """Threads that work on ranges in this process."""
         n_threads = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(n_threads, "actstore-improve")
@@ -176,7 +186,8 @@ class Fit:
             scan.ranked.bytes_read = int(state["bytes_read"])
             return
         # The scales are of one sample, whatever the seeds are.
-        sample = scan.sample(self._sample_rows)
+        form = Form(product_dtype(), not signed)
+        sample = scan.sample(self._sample_rows, form=form)
         self.rows_read += len(sample)
         self.matrix, self._mean = Matrix.of(
             scan, sample, equal_energy=settings.equal_energy, signed=signed, at_once=self.at_once
@@ -193,7 +204,7 @@ class Fit:
         for together in [seeds] if whole else [[seed] for seed in seeds]:
             if not whole and together[0]:
                 del sample
-                sample = scan.sample(self._sample_rows, number=together[0])
+                sample = scan.sample(self._sample_rows, number=together[0], form=form)
                 self.rows_read += len(sample)
             start = Start(self.matrix, sample, self._product_form, self._threads, self.at_once)
             for seed in together:
@@ -203,7 +214,13 @@ class Fit:
                 found = [self.dictionaries[i] for i in mine]
                 if self._start is None:
                     found = start.dictionaries(ks, n_active, seed)
-                start.improve_on_part(found, seed, _ONLINE_SWEEPS)
+                if self._start is None and settings.tries and not signed:
+                    found = [
+                        start.best_of_several(dictionary, seed, _START_ROUNDS, _ONLINE_SWEEPS)
+                        for dictionary in found
+                    ]
+                else:
+                    start.improve_on_part(found, seed, _ONLINE_SWEEPS)
                 for i, dictionary in zip(mine, found, strict=True):
                     self.dictionaries[i] = dictionary
             here = [i for i, (_, seed) in enumerate(settings.fits) if seed in together]

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 import torch
 
-from actstore.decompose.scan import BLOCK_ROWS, Block, Form, Range, Scan, Serving
+from actstore.decompose.scan import BLOCK_ROWS, Block, Form, Range, Scan
 
 Sums = dict[str, torch.Tensor]
 """What some rows add, by name: float64, float32 or int64."""
@@ -78,7 +78,7 @@ class Here:
         self._at_once = max(1, min(at_once, served - 1))
         self._n_served = max(1, served)
         self._rows = min(scan.rows_at_once(block_rows, self._n_served), max(block_rows, BLOCK_ROWS))
-        self._opened: deque[tuple[int, int, Serving]] = deque()
+        self._opened: deque[tuple[int, int, Iterable[Block]]] = deque()
 
     def __enter__(self) -> Self:
         self._readers = ThreadPoolExecutor(_READERS, "actstore-read")

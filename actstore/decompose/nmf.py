@@ -114,7 +114,8 @@ def nmf(
     seed : int or sequence of int, default 0
         Decides sample and start.  The order of rows is the same for all.
     passes : int, default 1
-        Online passes.  A second lowers the error by about 0.1 % and doubles their time.
+        Online passes.  With two or more, the best of four beginnings is taken, so that the factors
+        depend less on chance; the error is lower by about 0.1 %.
     tolerance : float, optional
         Go on, after the online passes, until the KKT residual is at most this, by passes over all
         rows; the certificates say what was reached.
@@ -392,14 +393,14 @@ def _names(store: CoreStore, name: str | None, fits: Sequence[tuple[int, int]]) 
 def reserved_bytes(settings: Settings, n_neurons: int, store: CoreStore) -> int:
     """Return what the factorisation needs beside the blocks, at its hungriest.
 
-    At the start: the range, its image and the QR of both.  Later: loadings, P, the stack of all
-    loadings, and the sums of a thread and of those before it.  In the exact pass: loadings and P in
-    float64, likewise.  At the end: some of the long table of loadings.  And always the scores of
-    one segment, before and after they are put in order.
+    At the start: the range, its image and the QR of both.  Later, and where several beginnings are
+    tried: loadings, P, the stack of all loadings, and the sums of a thread and of those before it.
+    In the exact pass: loadings and P in float64, likewise.  At the end: some of the long table of
+    loadings.  And always the scores of one segment, before and after they are put in order.
     """
     n_factors = sum(k for k, _ in settings.fits)
     start = 20 * (n_factors + OVERSAMPLING * len(settings.fits)) * n_neurons
-    later = 36 * (n_factors + 1) * n_neurons
+    later = 36 * (settings.n_stacked + 1) * n_neurons
     table = LOADING_BYTES * max(n_neurons, LOADINGS_AT_ONCE)
     return max(start, later, table) + 12 * n_factors * store.meta.segment_rows
 

@@ -71,6 +71,22 @@ class Block(NamedTuple):
     """The row_id of each of the n rows."""
 
 
+class _Ready(NamedTuple):
+    """Rows in memory as blocks of one form have them: served as they lie, and not to be changed."""
+
+    values: torch.Tensor
+    """Shape ``(n, width)``."""
+    row_ids: Ids
+    """The row_id of each."""
+
+    def serve(self, blocks: Iterable[Ids], dtype: torch.dtype) -> Iterator[Block]:
+        """Yield blocks of given ranks."""
+        for ranks in blocks:
+            together = len(ranks) == ranks[-1] - ranks[0] + 1
+            values = self.values[slice(ranks[0], ranks[-1] + 1) if together else ranks]
+            yield Block(values.to(dtype), self.row_ids[ranks])
+
+
 class Scan:
     """Serves the chosen rows of some sites in blocks, within a budget.
 
@@ -126,6 +142,7 @@ class Scan:
         """Columns of a block."""
         self.n_rows = self.ranked.n_rows
         """Rows that a pass serves."""
+        self._ready: _Ready | None = None
 
     # -- orders --------------------------------------------------------------------------------
 
@@ -179,7 +196,13 @@ class Scan:
         """Serve every row once, mixed, as `mixed_ranges` deals them."""
         return self._serve(self._deal(block_rows, run_rows, epoch, limit), block_rows)
 
-    def sample(self, n_rows: int, block_rows: int = BLOCK_ROWS, number: int = 0) -> Sample:
+    def sample(
+        self,
+        n_rows: int,
+        block_rows: int = BLOCK_ROWS,
+        number: int = 0,
+        form: Form = AS_FLOAT32,
+    ) -> Sample:
         """Return a sample of about `n_rows` rows, in runs, that can be gone through again.
 
         Parameters
@@ -190,12 +213,15 @@ class Scan:
             Rows of a block.
         number : int, default 0
             Each sample has other rows.
+        form : Form, optional
+            How it will be gone through most.  In sixteen bits it is kept so, and then all of its
+            blocks are: those of that form must not be changed.
         """
         rng = np.random.default_rng([self._seed, 0, number])
         n_runs = -(-self.n_rows // RUN_ROWS)
         runs = np.sort(rng.permutation(n_runs)[: -(-n_rows // RUN_ROWS)])
         ranks = (runs[:, None] * RUN_ROWS + np.arange(RUN_ROWS)).ravel()
-        return Sample(self, ranks[ranks < self.n_rows], block_rows)
+        return Sample(self, ranks[ranks < self.n_rows], block_rows, form)
 
     def kept(self, ranks: Ids) -> Scan:
         """Return a scan of these rows alone, in this order, read into memory now."""
@@ -203,6 +229,22 @@ class Scan:
         scan.ranked = KeptRows(self.ranked, ranks)
         scan.n_rows = len(ranks)
         scan.free_bytes -= len(ranks) * self.ranked.row_bytes
+        return scan
+
+    def kept_as(self, ranks: Ids, form: Form) -> Scan:
+        """Return a scan of these rows alone, in this order, read into memory now in a form."""
+        values = torch.empty((len(ranks), self.width), dtype=getattr(torch, form.dtype))
+        blocks = np.split(ranks, range(BLOCK_ROWS, len(ranks), BLOCK_ROWS))
+        done = 0
+        row_ids = []
+        for block in self._serve(blocks, BLOCK_ROWS, form):
+            values[done : done + len(block.values)] = block.values
+            row_ids.append(block.row_ids)
+            done += len(block.values)
+        scan = copy.copy(self)
+        scan._ready = _Ready(values, np.concatenate(row_ids))
+        scan.n_rows = len(ranks)
+        scan.free_bytes -= values.nbytes
         return scan
 
     def _deal(self, block_rows: int, run_rows: int, epoch: int, limit: int | None) -> Iterator[Ids]:
@@ -231,7 +273,7 @@ class Scan:
         block_rows : int
             Rows of a block.
         n_served : int, default 1
-            How many `Serving` there are at a time.
+            How many streams of blocks there are at a time.
 
         Raises
         ------
@@ -253,13 +295,13 @@ class Scan:
         return min(spare // stored_bytes * block_rows, max(_AHEAD_ROWS, block_rows))
 
     def n_served(self, block_rows: int, wanted: int) -> int:
-        """Return how many `Serving` at a time the budget allows, one at least."""
+        """Return how many streams of blocks at a time the budget allows, one at least."""
         block_bytes = block_rows * (4 * self.width + 2 * self.ranked.row_bytes)
         return max(1, min(wanted, self.free_bytes // block_bytes))
 
     def serve(
         self, blocks: Iterable[Ids], at_once: int, readers: Executor, form: Form = AS_FLOAT32
-    ) -> Serving:
+    ) -> Iterable[Block]:
         """Return blocks of given ranks, to be gone through once.
 
         Parameters
@@ -273,13 +315,17 @@ class Scan:
         form : Form, optional
             How the values are wanted.
         """
-        return Serving(self, blocks, at_once, readers, form)
+        if self._ready is not None:
+            return self._ready.serve(blocks, getattr(torch, form.dtype))
+        return _Serving(self, blocks, at_once, readers, form)
 
-    def _serve(self, blocks: Iterable[Ids], block_rows: int) -> Iterator[Block]:
+    def _serve(
+        self, blocks: Iterable[Ids], block_rows: int, form: Form = AS_FLOAT32
+    ) -> Iterator[Block]:
         """Yield the blocks with the given ranks, reading some ahead in a thread."""
         at_once = self.rows_at_once(block_rows)
         with ThreadPoolExecutor(1, "actstore-scan") as thread:
-            yield from self.serve(blocks, at_once, thread)
+            yield from self.serve(blocks, at_once, thread, form)
 
     def _block(
         self,
@@ -320,7 +366,7 @@ class Scan:
                 raise self.ranked.non_finite(site, value, row_id, neuron)
 
 
-class Serving:
+class _Serving:
     """Blocks of given ranks, in order; some are read ahead from the moment it is made."""
 
     def __init__(
@@ -365,12 +411,16 @@ class Serving:
 class Sample:
     """Some rows of a scan, to go through several times; kept in memory where the budget allows."""
 
-    def __init__(self, scan: Scan, ranks: Ids, block_rows: int) -> None:
+    def __init__(self, scan: Scan, ranks: Ids, block_rows: int, form: Form = AS_FLOAT32) -> None:
         block_bytes = block_rows * (4 * scan.width + 2 * scan.ranked.row_bytes)
         self.is_kept = len(ranks) * scan.ranked.row_bytes + block_bytes <= scan.free_bytes
         """Whether it lies in memory."""
-        self.scan = scan.kept(ranks) if self.is_kept else scan
+        self.scan = scan
         """What serves its rows."""
+        if self.is_kept:
+            # As float32 it would take twice what it does as it is stored.
+            wide = form.dtype == "float32"
+            self.scan = scan.kept(ranks) if wide else scan.kept_as(ranks, form)
         own = np.arange(len(ranks)) if self.is_kept else ranks
         self.ranges: list[Range] = [
             [own[start : start + block_rows]] for start in range(0, len(own), block_rows)

@@ -1,8 +1,9 @@
 """Ours and every installed peer on the same model, windows, batches and sites, a process each.
 
 A round runs ours and then each peer, so they alternate; figures are medians over the rounds, and
-ratios are taken inside a round.  What each left on disk, and the highest values it found, are
-compared with ours before they are deleted.
+ratios are taken inside a round.  Behind the last round each runs once more, for its memory alone.
+What each left on disk, and the highest values it found, are compared with ours before they are
+deleted.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def compare(
             title=f"{_TITLES[architecture]}: {n_windows * context:,} tokens, median of {rounds}; "
             f"torch {torch.__version__}, {threads} threads",
             caption="off: largest difference from ours, in units of the site's largest value; "
-            "start: resident when the timed part begins",
+            "peak, start: of a process of its own, the most resident and what was there before",
         )
         for column in _COLUMNS:
             table.add_column(column, justify="left" if column == "of that" else "right")
@@ -155,17 +156,16 @@ def _run_all(
     failed: dict[str, str] = {}
     for _ in range(rounds):
         with _own_folder(job, "ours") as its:
-            runs["ours"].append(_run("ours", sys.executable, its))
+            runs["ours"].append(_run("ours", _python_of("ours", peers), its))
             store = Store(Path(its.folder, "store"))
             job = _as_captured(job, store)
             ours = _rows_of(store, job), _highest_of(store, job)
         for name in names:
             if name in failed:
                 continue
-            python = sys.executable if name == "hooks" else str(python_of(peers, name))
             with _own_folder(job, name) as its:
                 try:
-                    runs.setdefault(name, []).append(_run(name, python, its))
+                    runs.setdefault(name, []).append(_run(name, _python_of(name, peers), its))
                 except (_Failure, FileNotFoundError) as error:
                     failed[name] = str(error)
                     continue
@@ -174,7 +174,17 @@ def _run_all(
                     _difference(ours[0], load_file(theirs / "sample.safetensors")),
                     _difference(ours[1], load_file(theirs / "highest.safetensors")),
                 )
-    return {name: found for name, found in runs.items() if found}, off, failed
+    runs = {name: found for name, found in runs.items() if found}
+    for name, found in runs.items():
+        with _own_folder(replace(job, for_memory=True), name) as its:
+            alone = _run(name, _python_of(name, peers), its)
+        for report in found:
+            report.peak_bytes, report.loaded_bytes = alone.peak_bytes, alone.loaded_bytes
+    return runs, off, failed
+
+
+def _python_of(name: str, peers: Path | None) -> str:
+    return sys.executable if name in ("ours", "hooks") else str(python_of(peers, name))
 
 
 @contextmanager
@@ -287,7 +297,7 @@ def _rows(
             ratio(lambda r: r.on_disk, lambda r: r.on_disk, reports),
             parts,
             f"{reports[0].n_bytes / 1e9:.2f}",
-            f"{max(r.peak_bytes for r in reports) / 1e6:,.0f}",
+            f"{reports[0].peak_bytes / 1e6:,.0f}",
             f"{reports[0].loaded_bytes / 1e6:,.0f}",
             *(f"{value:.1e}" for value in off.get(name, ())),
         )

@@ -8,8 +8,10 @@ documents.  The harness feeds it the windows that our capture ran, in the same b
   at the end, and the exact highest values of every neuron over the content rows, by torch.topk of
   every batch and of what it gives with what was kept.
 
-What was left on disk is read back where it will be compared with ours.  Only torch, NumPy and
-safetensors are needed here: this file runs beside whatever the peer depends on.
+What was left on disk is read back where it will be compared with ours.  Peak memory is that of a
+process of its own, which goes to disk at once: what a run in RAM has taken is not all given back.
+Only torch, NumPy and safetensors are needed here: this file runs beside whatever the peer depends
+on.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ class Job:
     """Of our capture; None for its default."""
     folder: str
     """Where to write; empty."""
+    for_memory: bool = False
+    """Whether memory is what is asked for: then nothing is run but what ends on disk."""
 
     def batches(self) -> list[torch.Tensor]:
         """Return the token ids of the batches."""
@@ -157,10 +161,11 @@ def measure(job: Job, version: str, capture: Callable[[torch.Tensor], Rows]) -> 
     with torch.no_grad():
         capture(batches[0])
         report.loaded_bytes = memory("VmRSS")
-        started = time.perf_counter()
-        for batch in batches:
-            capture(batch)
-        report.in_ram = time.perf_counter() - started
+        if not job.for_memory:
+            started = time.perf_counter()
+            for batch in batches:
+                capture(batch)
+            report.in_ram = time.perf_counter() - started
         report.parts = dict.fromkeys(("capture", "write", "top-k"), 0.0)
         _on_disk(job, folder, batches, capture, report)
     report.n_bytes = sum(path.stat().st_size for path in folder.glob("batch-*"))

@@ -49,8 +49,9 @@ def main() -> None:
     folder = Path(job.folder)
     model = load(job.model)
     report = Report(version("actstore"))
-    # Compiles, and finds what the second capture finds: a warm file cache.
-    _capture(job, model, folder / "warm", job.context)
+    if not job.for_memory:
+        # Compiles, and finds what the second capture finds: a warm file cache.
+        _capture(job, model, folder / "warm", job.context)
     report.loaded_bytes = memory("VmRSS")
     started = time.perf_counter()
     store, timing = _capture(job, model, folder / "store", None)
@@ -59,7 +60,8 @@ def main() -> None:
     report.parts = {name: s for name, s in asdict(timing).items() if isinstance(s, float)}
     report.peak_bytes = memory("VmHWM")
     report.n_bytes = store.n_bytes()
-    report.bare, report.in_ram = _forwards(store, model)
+    if not job.for_memory:
+        report.bare, report.in_ram = _forwards(store, model)
     finish(job, report)
 
 

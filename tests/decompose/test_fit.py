@@ -14,7 +14,7 @@ import pytest
 import scipy.optimize
 import sklearn.decomposition
 
-from actstore.decompose import Factors, checkpoint, fit, nmf
+from actstore.decompose import Factors, checkpoint, fit, nmf, start
 from actstore.decompose.engine import Engine
 from actstore.errors import ArgumentError, NonFiniteActivation, StoreBusy
 from actstore.workers import Connection, Where
@@ -176,6 +176,35 @@ def test_fits_together_are_the_fits_alone(made):
     reads = sum(f.summary["bytes_read"] for f in alone)
     assert together[0].summary["bytes_read"] < 0.5 * reads
     assert (together[0].loadings != together[1].loadings).any()
+
+
+def test_the_best_of_several_beginnings_goes_on(made, monkeypatch):
+    """With two passes four are tried, of which the lowest objective on the sample is taken."""
+    store, _ = made
+    tried: list[tuple[list[float], float]] = []
+    improve = start.Start.improve
+    best_of_several = start.Start.best_of_several
+
+    def remembered(self, dictionaries, *rest):
+        improve(self, dictionaries, *rest)
+        if len(dictionaries) > 1:
+            tried.append(([d.objective() for d in dictionaries], np.nan))
+
+    def best(self, *arguments):
+        found = best_of_several(self, *arguments)
+        tried[-1] = tried[-1][0], found.objective()
+        return found
+
+    monkeypatch.setattr(start.Start, "improve", remembered)
+    monkeypatch.setattr(start.Start, "best_of_several", best)
+    nmf(store, None, 6, passes=1)
+    assert not tried
+    nmf(store, None, 6, passes=2)
+    ((objectives, taken),) = tried
+    assert len(set(objectives)) == 4
+    assert taken == min(objectives)
+    assert start.n_tried(512, signed=False) == 2
+    assert start.n_tried(1024, signed=False) == start.n_tried(600, signed=True) == 1
 
 
 def test_seeds_of_one_sample_share_it_and_begin_on_parts_of_their_own(made, monkeypatch):

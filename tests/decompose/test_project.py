@@ -69,7 +69,10 @@ def test_rows_of_another_store_carry_their_own_tokens(tmp_path, store, factors):
     assert (table.token_id == tokens.token_id).all()
     assert table.token.tolist() == [f" {WORDS[t - 1]}" for t in tokens.token_id]
     alone = project(factors, [int(found.row_ids[77])], store=other)
-    np.testing.assert_allclose(alone.scores[0], found.scores[77], atol=1e-5)
+    # Codes are solved until none moves by more than 1e-4 of the row's largest.
+    np.testing.assert_allclose(
+        alone.scores[0], found.scores[77], rtol=0, atol=2e-4 * found.scores[77].max()
+    )
     assert table.factor_2[77] == found.scores[77, 2]
 
 

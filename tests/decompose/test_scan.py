@@ -1,10 +1,12 @@
 """The scan serves every chosen row once, well mixed, within its budget."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
-from actstore.decompose.scan import Scan, chosen_rows
+from actstore.decompose.scan import AS_FLOAT32, Form, Scan, chosen_rows
 from actstore.errors import ArgumentError, BudgetExceeded, NonFiniteActivation
 from actstore.store import CoreStore, Rows
 from tests.synthetic import synthetic_store
@@ -166,6 +168,25 @@ def test_a_sample_larger_than_the_budget_is_read_again(store):
         np.testing.assert_array_equal(values, gathered(kept)[0])
     assert not again.is_kept
     assert kept.is_kept
+
+
+def test_a_sample_kept_in_sixteen_bits_serves_what_blocks_of_that_form_hold(store):
+    """Same rows, same values, whether each block is converted or all rows were at once."""
+    form = Form("bfloat16", clip=True)
+    as_stored, ready = make_scan(store).sample(2000), make_scan(store).sample(2000, form=form)
+
+    values, row_ids = gathered(as_stored)
+    expected = torch.from_numpy(values).clamp(min=0).bfloat16()
+    shuffled = np.random.default_rng(0).permutation(len(row_ids))
+    with ThreadPoolExecutor(1) as readers:
+        for ranks in (np.arange(len(row_ids)), np.arange(70, 90), shuffled):
+            for asked in (form, AS_FLOAT32):
+                (block,) = ready.scan.serve([ranks], 512, readers, asked)
+                assert block.values.dtype == getattr(torch, asked.dtype)
+                assert torch.equal(block.values.bfloat16(), expected[ranks])
+                np.testing.assert_array_equal(block.row_ids, row_ids[ranks])
+    assert ready.is_kept
+    assert ready.scan.free_bytes == make_scan(store).free_bytes - 2 * values.size
 
 
 def test_what_was_read_is_counted(store):
