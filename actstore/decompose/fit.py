@@ -36,6 +36,7 @@ from actstore.decompose.start import Start, n_tried
 SAMPLE_ROWS = 16_384
 _WHOLE_ROWS = 32_768  # so few are a sample by themselves
 _START_ROUNDS = 6
+_TRIED_SWEEPS = 12  # so that what ends lower is told from what only gets there sooner
 _WHOLE_ROUNDS = 14
 _COMPARED_ROUNDS = 12
 _SAMPLE_BYTES = 2**30
@@ -43,7 +44,7 @@ _LEAST_SAMPLE_ROWS = 4096
 _STEPS = 64  # of an online pass
 _STEP_ROWS = 1024  # at least
 _RANGES = 16  # of a step, where it has so many blocks
-_ONLINE_SWEEPS = 12
+_ONLINE_SWEEPS = 6
 _IMPROVE_SWEEPS = 1
 _FORGETTING = 2  # the surrogate is about half of the rows so far, the later ones
 _BATCH_SWEEPS = 100
@@ -216,7 +217,7 @@ class Fit:
                     found = start.dictionaries(ks, n_active, seed)
                 if self._start is None and settings.tries and not signed:
                     found = [
-                        start.best_of_several(dictionary, seed, _START_ROUNDS, _ONLINE_SWEEPS)
+                        start.best_of_several(dictionary, seed, _START_ROUNDS, _TRIED_SWEEPS)
                         for dictionary in found
                     ]
                 else:
