@@ -2,7 +2,7 @@
 
 Compiled on first use, then kept in numba's cache on disk, where one file is one entry: numba does
 not notice a change in *another* file, so a compiled function may call only compiled functions of
-its own module.
+its own module, and constants it takes from another must never change their values.
 """
 
 from __future__ import annotations

@@ -452,7 +452,7 @@ def write_arrays(
 ) -> FileFacts:
     """Write named arrays durably, the same bytes for the same arrays; return bytes and crc32c.
 
-    Of an iterable of names and arrays each is let go before the next is asked for.
+    Of an iterable of names and arrays each is asked for once the one before is written.
     """
     partial = partial_of(path)
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

@@ -44,7 +44,7 @@ from actstore.store.segment_writer import drop_partials, read_partial
 
 _MOMENTS, _HISTOGRAM = Moments(), Histogram()
 _GROUP_ROWS = 20_000
-_OPEN_AT_ONCE = 32  # partials; the names of the arrays of one take about a megabyte
+_OPEN_ARRAYS = 20_000  # of partials that stay open: the name of one takes about 700 bytes
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -162,13 +162,18 @@ class _Partials:
 
     def __init__(self, store: CoreStore, segments: Sequence[int]) -> None:
         self._store = store
-        self._kept_open, self._others = segments[:_OPEN_AT_ONCE], segments[_OPEN_AT_ONCE:]
+        self._segments = segments
         self._open: list[ArraysFile] = []
         self._leave = ExitStack()
 
     def __enter__(self) -> Self:
+        n_arrays = 0
         with ExitStack() as leave:
-            self._open = [leave.enter_context(self._read(segment)) for segment in self._kept_open]
+            for segment in self._segments:
+                self._open.append(leave.enter_context(self._read(segment)))
+                n_arrays += len(self._open[-1])
+                if n_arrays > _OPEN_ARRAYS:
+                    break
             self._leave = leave.pop_all()
         return self
 
@@ -177,7 +182,7 @@ class _Partials:
 
     def __iter__(self) -> Iterator[ArraysFile]:
         yield from self._open
-        for segment in self._others:
+        for segment in self._segments[len(self._open) :]:
             with self._read(segment) as partial:
                 yield partial
 

@@ -230,6 +230,7 @@ class Worker:
         planned = self._store.planned
         self._rows_planned = sum(s.rows[""] for s in planned.values())
         self._rows_done = self._store.n_rows()
+        self._failure = None
         writer = threading.Thread(target=self._write_all, name="actstore-writer", daemon=True)
         writer.start()
         rows = 0
@@ -248,6 +249,8 @@ class Worker:
             writer.join()
             for work in self._under_way:
                 work.leave.close()
+            self._under_way.clear()
+            self._places = threading.Semaphore(_UNDER_WAY)
         self._check_writer()
         return rows
 
@@ -300,6 +303,7 @@ class Worker:
         started = time.perf_counter()
         while not self._places.acquire(timeout=0.2):
             self._check_writer()
+        self._check_writer()  # a commit that failed gave its place back too
         self.timing.waiting += time.perf_counter() - started
 
     def _wait(self, bands: queue.Queue[Band]) -> Band:

@@ -26,7 +26,12 @@ from actstore.cli.printing import Bars, echo, is_terminal, shown
 @click.option("--mode", type=click.Choice(["ecco"]), help="The objective of Ecco: no scales.")
 @click.option("--signed", is_flag=True, help="Keep negative values; needs --active.")
 @click.option("--active", type=float, help="With --signed: share of a row's scores above zero.")
-@click.option("--passes", default=1, help="Online passes.", show_default=True)
+@click.option(
+    "--passes",
+    default=1,
+    help="Online passes; with two or more the best of several beginnings is taken.",
+    show_default=True,
+)
 @click.option("--tolerance", type=float, help="Then run to this KKT residual.")
 @click.option("--bound", type=click.Choice(["exact"]), help="Add what no factors fall below.")
 @click.option("--rows", default="content", help="content, all, or an SQL condition on tokens.")

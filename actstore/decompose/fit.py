@@ -30,7 +30,7 @@ from actstore.decompose.engine import Engine, Sums
 from actstore.decompose.exact import Exact, ExactWork
 from actstore.decompose.matrix import Matrix
 from actstore.decompose.online import Dictionary, SurrogateWork, product_dtype, take
-from actstore.decompose.scan import BLOCK_ROWS, Form, Range, Scan
+from actstore.decompose.scan import BLOCK_ROWS, Form, Range, Sample, Scan
 from actstore.decompose.start import Start, n_tried
 
 SAMPLE_ROWS = 16_384
@@ -131,7 +131,7 @@ class Fit:
         """Rows read so far, each time they were."""
         self.n_batch_passes = 0
         """Batch passes made."""
-        self.at_once = at_once(scan, settings.n_stacked)
+        self.at_once = at_once(scan, sum(k for k, _ in settings.fits))
         """Threads that work on ranges in this process."""
         n_threads = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(n_threads, "actstore-improve")
@@ -187,7 +187,7 @@ class Fit:
             scan.ranked.bytes_read = int(state["bytes_read"])
             return
         # The scales are of one sample, whatever the seeds are.
-        form = Form(product_dtype(), not signed)
+        form = self._product_form
         sample = scan.sample(self._sample_rows, form=form)
         self.rows_read += len(sample)
         self.matrix, self._mean = Matrix.of(
@@ -201,37 +201,42 @@ class Fit:
                 return  # batch passes go on from where it is
         seeds = list(dict.fromkeys(seed for _, seed in settings.fits))
         whole = len(sample) == scan.n_rows
+        n_rounds = whole_rounds if whole else _START_ROUNDS
         # Samples of all rows are the same rows: seeds share them then, and the last rounds.
         for together in [seeds] if whole else [[seed] for seed in seeds]:
             if not whole and together[0]:
                 del sample
                 sample = scan.sample(self._sample_rows, number=together[0], form=form)
                 self.rows_read += len(sample)
-            start = Start(self.matrix, sample, self._product_form, self._threads, self.at_once)
-            for seed in together:
-                mine = [i for i, (_, other) in enumerate(settings.fits) if other == seed]
+            self._begin_on(sample, together, n_rounds)
+
+    def _begin_on(self, sample: Sample, seeds: Sequence[int], n_rounds: int) -> None:
+        """Find where the dictionaries of some seeds start, on a sample of theirs."""
+        settings = self._settings
+        n_threads = at_once(self._scan, settings.n_stacked)
+        start = Start(self.matrix, sample, self._product_form, self._threads, n_threads)
+        for seed in seeds:
+            mine = [i for i, (_, other) in enumerate(settings.fits) if other == seed]
+            found = [self.dictionaries[i] for i in mine]
+            if self._start is None:
                 ks = [settings.fits[i][0] for i in mine]
-                n_active = [settings.n_active[i] for i in mine]
-                found = [self.dictionaries[i] for i in mine]
-                if self._start is None:
-                    found = start.dictionaries(ks, n_active, seed)
-                if self._start is None and settings.tries and not signed:
-                    found = [
-                        start.best_of_several(dictionary, seed, _START_ROUNDS, _TRIED_SWEEPS)
-                        for dictionary in found
-                    ]
-                else:
-                    start.improve_on_part(found, seed, _ONLINE_SWEEPS)
-                for i, dictionary in zip(mine, found, strict=True):
-                    self.dictionaries[i] = dictionary
-            here = [i for i, (_, seed) in enumerate(settings.fits) if seed in together]
-            n_rounds = whole_rounds if whole else _START_ROUNDS
-            start.improve([self.dictionaries[i] for i in here], n_rounds, _ONLINE_SWEEPS)
-            self.rows_read += start.rows_read
+                found = start.dictionaries(ks, [settings.n_active[i] for i in mine], seed)
+            if self._start is None and settings.tries and settings.active is None:
+                found = [
+                    start.best_of_several(dictionary, seed, _START_ROUNDS, _TRIED_SWEEPS)
+                    for dictionary in found
+                ]
+            else:
+                start.improve_on_part(found, seed, _ONLINE_SWEEPS)
+            for i, dictionary in zip(mine, found, strict=True):
+                self.dictionaries[i] = dictionary
+        here = [i for i, (_, seed) in enumerate(settings.fits) if seed in seeds]
+        start.improve([self.dictionaries[i] for i in here], n_rounds, _ONLINE_SWEEPS)
+        self.rows_read += start.rows_read
 
     @property
     def _product_form(self) -> Form:
-        return Form(product_dtype(), not self.matrix.signed)
+        return Form(product_dtype(), self._settings.active is None)
 
     # -- online --------------------------------------------------------------------------------
 

@@ -114,8 +114,9 @@ def nmf(
     seed : int or sequence of int, default 0
         Decides sample and start.  The order of rows is the same for all.
     passes : int, default 1
-        Online passes.  With two or more, the best of four beginnings is taken, so that the factors
-        depend less on chance; the error is lower by about 0.1 %.
+        Online passes.  With two or more, the best of several beginnings is taken (four up to 64
+        components, one above 128), so that the factors depend less on chance.  The error is lower
+        by about 0.1 %, for not quite twice the time.
     tolerance : float, optional
         Go on, after the online passes, until the KKT residual is at most this, by passes over all
         rows; the certificates say what was reached.

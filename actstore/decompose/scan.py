@@ -63,7 +63,10 @@ AS_FLOAT32 = Form()
 
 
 class Block(NamedTuple):
-    """Rows of all sites of a scan; valid until the next block, and the caller's to change."""
+    """Rows of all sites of a scan; valid until the next block, and the caller's to change.
+
+    Only blocks of a sample in the form it is kept in are not.
+    """
 
     values: torch.Tensor
     """Shape ``(n, width)``, the sites side by side; float32 unless another form was asked for."""
@@ -79,12 +82,12 @@ class _Ready(NamedTuple):
     row_ids: Ids
     """The row_id of each."""
 
-    def serve(self, blocks: Iterable[Ids], dtype: torch.dtype) -> Iterator[Block]:
+    def serve(self, blocks: Iterable[Ids]) -> Iterator[Block]:
         """Yield blocks of given ranks."""
         for ranks in blocks:
-            together = len(ranks) == ranks[-1] - ranks[0] + 1
+            together = bool((np.diff(ranks) == 1).all())
             values = self.values[slice(ranks[0], ranks[-1] + 1) if together else ranks]
-            yield Block(values.to(dtype), self.row_ids[ranks])
+            yield Block(values, self.row_ids[ranks])
 
 
 class Scan:
@@ -142,6 +145,7 @@ class Scan:
         """Columns of a block."""
         self.n_rows = self.ranked.n_rows
         """Rows that a pass serves."""
+        self._narrow: Form | None = None
         self._ready: _Ready | None = None
 
     # -- orders --------------------------------------------------------------------------------
@@ -214,8 +218,8 @@ class Scan:
         number : int, default 0
             Each sample has other rows.
         form : Form, optional
-            How it will be gone through most.  In sixteen bits it is kept so, and then all of its
-            blocks are: those of that form must not be changed.
+            How it will be gone through most.  In sixteen bits its values are rounded so whatever
+            is asked for, and kept so: blocks of that form must not be changed.
         """
         rng = np.random.default_rng([self._seed, 0, number])
         n_runs = -(-self.n_rows // RUN_ROWS)
@@ -225,26 +229,38 @@ class Scan:
 
     def kept(self, ranks: Ids) -> Scan:
         """Return a scan of these rows alone, in this order, read into memory now."""
+        assert self._ready is None, "rows are kept once"
         scan = copy.copy(self)
         scan.ranked = KeptRows(self.ranked, ranks)
         scan.n_rows = len(ranks)
         scan.free_bytes -= len(ranks) * self.ranked.row_bytes
         return scan
 
-    def kept_as(self, ranks: Ids, form: Form) -> Scan:
-        """Return a scan of these rows alone, in this order, read into memory now in a form."""
+    def narrowed(self, form: Form) -> Scan:
+        """Return a scan of the same rows whose values are all rounded, and clipped, as in a form.
+
+        What asks it for float32 gets what blocks of that form hold.
+        """
+        scan = copy.copy(self)
+        scan._narrow = form
+        return scan
+
+    def kept_narrowed(self, ranks: Ids, form: Form) -> Scan:
+        """Return a narrowed scan of these rows alone, in this order, read into memory now."""
         values = torch.empty((len(ranks), self.width), dtype=getattr(torch, form.dtype))
+        scan = self.narrowed(form)
+        scan.free_bytes -= values.nbytes
         blocks = np.split(ranks, range(BLOCK_ROWS, len(ranks), BLOCK_ROWS))
         done = 0
         row_ids = []
-        for block in self._serve(blocks, BLOCK_ROWS, form):
+        for block in scan._serve(blocks, BLOCK_ROWS, form):
             values[done : done + len(block.values)] = block.values
             row_ids.append(block.row_ids)
             done += len(block.values)
-        scan = copy.copy(self)
         scan._ready = _Ready(values, np.concatenate(row_ids))
+        scan.ranked = copy.copy(self.ranked)
+        scan.ranked.edges = np.array([0, len(ranks)])
         scan.n_rows = len(ranks)
-        scan.free_bytes -= values.nbytes
         return scan
 
     def _deal(self, block_rows: int, run_rows: int, epoch: int, limit: int | None) -> Iterator[Ids]:
@@ -316,7 +332,9 @@ class Scan:
             How the values are wanted.
         """
         if self._ready is not None:
-            return self._ready.serve(blocks, getattr(torch, form.dtype))
+            return _cast(self._ready.serve(blocks), form)
+        if self._narrow is not None:
+            return _cast(_Serving(self, blocks, at_once, readers, self._narrow), form)
         return _Serving(self, blocks, at_once, readers, form)
 
     def _serve(
@@ -420,7 +438,9 @@ class Sample:
         if self.is_kept:
             # As float32 it would take twice what it does as it is stored.
             wide = form.dtype == "float32"
-            self.scan = scan.kept(ranks) if wide else scan.kept_as(ranks, form)
+            self.scan = scan.kept(ranks) if wide else scan.kept_narrowed(ranks, form)
+        elif form.dtype != "float32":
+            self.scan = scan.narrowed(form)  # the same values, whatever the budget
         own = np.arange(len(ranks)) if self.is_kept else ranks
         self.ranges: list[Range] = [
             [own[start : start + block_rows]] for start in range(0, len(own), block_rows)
@@ -453,6 +473,12 @@ def chosen_rows(store: CoreStore, rows: Rows | str, infos: Sequence[SiteInfo]) -
             "Rows.from_row_ids(rule, store.meta.segment_rows, row_ids)."
         )
     return store.rows_stored(store.rows(rows, infos[0].site.space), infos)
+
+
+def _cast(blocks: Iterable[Block], form: Form) -> Iterator[Block]:
+    dtype = getattr(torch, form.dtype)
+    for values, row_ids in blocks:
+        yield Block(values.to(dtype), row_ids)
 
 
 def _pieces(blocks: Iterable[Ids], rows: int) -> Iterator[list[Ids]]:

@@ -7,7 +7,7 @@ so that a larger key is a better place: higher value (for the bottom list lower)
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,7 @@ def _decode(
     keys: NDArray[np.uint64],
     counts: NDArray[np.int32],
     is_bottom: bool,
-    first_row_id: Any,
+    first_row_id: int,
     codes: NDArray[np.uint32],
     row_ids: NDArray[np.int64],
 ) -> None:

@@ -177,7 +177,11 @@ def _run_all(
     runs = {name: found for name, found in runs.items() if found}
     for name, found in runs.items():
         with _own_folder(replace(job, for_memory=True), name) as its:
-            alone = _run(name, _python_of(name, peers), its)
+            try:
+                alone = _run(name, _python_of(name, peers), its)
+            except _Failure as error:
+                failed[name] = str(error)
+                continue
         for report in found:
             report.peak_bytes, report.loaded_bytes = alone.peak_bytes, alone.loaded_bytes
     return runs, off, failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from actstore.capturing.worker import Worker
+from actstore.store import CoreStore
 from tests.captured import Captured
 
 _RUN = """
@@ -77,3 +79,38 @@ def test_slow_commits_hold_the_model_back(
 
     assert len(store.committed) == len(held) >= 5
     assert max(held) == 2
+
+
+def test_a_commit_that_fails_stops_the_model_and_leaves_the_worker_usable(
+    toy_capture: Callable[..., Captured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No further segment is begun, though none waits for a band; and the next run gets through."""
+    whole = toy_capture(keep="none")
+    path = tmp_path / "again"
+    shutil.copytree(whole.store.path, path)
+    for folder in ("commits", "partials", "index"):
+        shutil.rmtree(path / folder, ignore_errors=True)
+    store = CoreStore(path)
+    worker = Worker(store, whole.model, budget=1 << 30)
+    begun: list[int] = []
+    begin, commit = Worker._begin, Worker._commit
+
+    def counting(self: Worker, segment: int) -> Any:
+        begun.append(segment)
+        return begin(self, segment)
+
+    def failing(self: Worker, work: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(Worker, "_begin", counting)
+    monkeypatch.setattr(Worker, "_commit", failing)
+    for _ in range(3):
+        begun.clear()
+        with pytest.raises(OSError, match="no space"):
+            worker.run(store.planned)
+        assert begun in ([0], [0, 1])
+    monkeypatch.setattr(Worker, "_commit", commit)
+    worker.run(store.planned)
+
+    store.refresh()
+    assert set(store.committed) == set(store.planned)

@@ -14,7 +14,7 @@ import pytest
 import scipy.optimize
 import sklearn.decomposition
 
-from actstore.decompose import Factors, checkpoint, fit, nmf, start
+from actstore.decompose import Factors, checkpoint, fit, nmf, scan, start
 from actstore.decompose.engine import Engine
 from actstore.errors import ArgumentError, NonFiniteActivation, StoreBusy
 from actstore.workers import Connection, Where
@@ -179,32 +179,49 @@ def test_fits_together_are_the_fits_alone(made):
 
 
 def test_the_best_of_several_beginnings_goes_on(made, monkeypatch):
-    """With two passes four are tried, of which the lowest objective on the sample is taken."""
+    """With two passes four are tried, and the one with the lowest objective is improved further."""
     store, _ = made
-    tried: list[tuple[list[float], float]] = []
+    improved = []
     improve = start.Start.improve
-    best_of_several = start.Start.best_of_several
 
     def remembered(self, dictionaries, *rest):
         improve(self, dictionaries, *rest)
-        if len(dictionaries) > 1:
-            tried.append(([d.objective() for d in dictionaries], np.nan))
-
-    def best(self, *arguments):
-        found = best_of_several(self, *arguments)
-        tried[-1] = tried[-1][0], found.objective()
-        return found
+        improved.append((list(dictionaries), [d.objective() for d in dictionaries]))
 
     monkeypatch.setattr(start.Start, "improve", remembered)
-    monkeypatch.setattr(start.Start, "best_of_several", best)
     nmf(store, None, 6, passes=1)
-    assert not tried
-    nmf(store, None, 6, passes=2)
-    ((objectives, taken),) = tried
-    assert len(set(objectives)) == 4
-    assert taken == min(objectives)
-    assert start.n_tried(512, signed=False) == 2
-    assert start.n_tried(1024, signed=False) == start.n_tried(600, signed=True) == 1
+    assert [len(dictionaries) for dictionaries, _ in improved] == [1]
+    taken = []
+    for seed in range(6):
+        improved.clear()
+        nmf(store, None, 6, passes=2, seed=seed)
+        (tried, objectives), ((further,), _) = improved
+        taken.append(tried.index(further))
+        assert len(set(objectives)) == 4
+        assert objectives[taken[-1]] == min(objectives)
+    assert set(taken) > {0}
+    assert [start.n_tried(k, signed=False) for k in (64, 128, 129)] == [4, 2, 1]
+    assert [start.n_tried(k, signed=True) for k in (6, 64, 256)] == [10, 4, 1]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_fit_is_the_same_whatever_the_budget(made, monkeypatch, signed):
+    """A sample that lies in memory and one that is read again are the same rows, rounded alike."""
+    store, _ = made
+    options = {"signed": True, "active": 0.5} if signed else {}
+    roomy = nmf(store, None, 6, **options)
+    sample = scan.Scan.sample
+
+    def with_memory_for_one_block(self, *arguments, **rest):
+        self.free_bytes = scan.BLOCK_ROWS * (4 * self.width + 2 * self.ranked.row_bytes)
+        return sample(self, *arguments, **rest)
+
+    monkeypatch.setattr(scan.Scan, "sample", with_memory_for_one_block)
+    tight = nmf(store, None, 6, **options)
+
+    assert tight.summary["n_reads"] > 2 * roomy.summary["n_reads"]
+    assert tight.summary["site_scales"] == roomy.summary["site_scales"]
+    np.testing.assert_array_equal(tight.loadings, roomy.loadings)
 
 
 def test_seeds_of_one_sample_share_it_and_begin_on_parts_of_their_own(made, monkeypatch):

@@ -537,7 +537,10 @@ def test_looking_at_the_result_changes_nothing(make_folds: MakeFolds) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grams_are_those_of_float64(make_folds: MakeFolds, dtype: str) -> None:
-    """Products in float32 give the float64 Gram to 1e-5; a row with NaN is left out whole."""
+    """Products in float32 give the float64 Gram to 3e-5, though half of a column lies 1,000 off.
+
+    A row with NaN is left out whole.
+    """
     block = activations(2999, 70, dtype)
     block[5, 3] = np.nan
     content = np.arange(2999) % 7 > 0
@@ -548,7 +551,7 @@ def test_grams_are_those_of_float64(make_folds: MakeFolds, dtype: str) -> None:
     assert got.n == want.n == content.sum() - 1
     scale = np.sqrt(np.diag(want.m2) / want.n)
     np.testing.assert_allclose(got.mean, want.mean, atol=1e-6, rtol=1e-6)
-    assert (np.abs(got.m2 - want.m2) <= 1e-5 * want.n * np.outer(scale, scale) + 1e-12).all()
+    assert (np.abs(got.m2 - want.m2) <= 3e-5 * want.n * np.outer(scale, scale) + 1e-12).all()
 
 
 def test_nothing_seen_gives_the_state_of_no_rows(make_folds: MakeFolds) -> None:
