@@ -101,7 +101,7 @@ def _on_cpu(folder: Path, options: argparse.Namespace) -> None:
     seconds, n_bytes = statistics.median(r.capture for r in rounds), rounds[0].n_bytes
     _CONSOLE.print(
         f"estimated before it: {estimate.seconds:.1f} s, {estimate.seconds / seconds:.3f} of the "
-        f"median; {estimate.total_bytes / 1e9:.3f} GB, {estimate.total_bytes / n_bytes:.4f} of it"
+        f"median; {estimate.total_bytes / 1e9:.3f} GB, {n_bytes / 1e9:.3f} there were"
     )
 
 
