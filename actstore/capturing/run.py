@@ -42,7 +42,7 @@ SEGMENT_BYTES = 16 * 2**30
 """A segment takes at most this, or an eighth of the budget if that is more.
 
 What a kill can lose is a segment; what every segment costs anew (its lists, histograms and samples
-of all neurons, written and merged) is as much as the forward pass of a thousand rows."""
+of all neurons, written and merged) is as much as the forward pass of one to three thousand rows."""
 
 DEFAULT_SITES = ("mlp_post", "resid_pre.0", "resid_post")
 """All neurons and hidden states, none of them twice: resid_pre.i is resid_post.(i-1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tests.captured import (
     capture,
     content,
     indexed_lists,
+    stored_bytes,
 )
 from tests.toys import TEXT, toy_model
 
@@ -272,6 +274,17 @@ def test_compaction_in_between_changes_nothing(
     assert contents(often) == contents(once)
     kinds = {name.split("/")[1].split(".")[0] for name in contents(once)}
     assert kinds == {"exemplars", "grams", "histograms", "moments", "neurons", "samples", "zones"}
+
+
+def test_partials_beyond_those_that_stay_open_are_merged_too(
+    toy_capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index has the same bytes whether all partials stay open while it is made, or one."""
+    whole = toy_capture(name="all").store
+    compact = importlib.import_module("actstore.capturing.compact")
+    monkeypatch.setattr(compact, "_OPEN_ARRAYS", 1)
+    assert len(whole.committed) > 2
+    assert stored_bytes(toy_capture(name="one").store) == stored_bytes(whole)
 
 
 def test_nan_is_counted_and_stays_out_of_every_fold(tmp_path: Path) -> None:

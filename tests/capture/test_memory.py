@@ -100,15 +100,22 @@ def test_a_commit_that_fails_stops_the_model_and_leaves_the_worker_usable(
         return begin(self, segment)
 
     def failing(self: Worker, work: Any) -> None:
+        time.sleep(0.5)  # until the model waits for the place
         raise OSError("no space")
+
+    def interrupted(self: Worker, work: Any, batch: Any) -> None:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Worker, "_begin", counting)
     monkeypatch.setattr(Worker, "_commit", failing)
-    for _ in range(3):
-        begun.clear()
-        with pytest.raises(OSError, match="no space"):
-            worker.run(store.planned)
-        assert begun in ([0], [0, 1])
+    with pytest.raises(OSError, match="no space"):
+        worker.run(store.planned)
+    assert begun == [0, 1]
+    with monkeypatch.context() as patched:
+        patched.setattr(Worker, "_forward", interrupted)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                worker.run(store.planned)
     monkeypatch.setattr(Worker, "_commit", commit)
     worker.run(store.planned)
 
