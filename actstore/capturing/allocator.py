@@ -9,9 +9,10 @@ takes.  Elsewhere (macOS, Windows, musl) nothing is done: their allocators decid
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil
 import pyarrow as pa
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -22,20 +23,33 @@ _KEEP_ALL = 2**31 - 1
 _USUAL = 2 * _LARGE  # what glibc's own rule arrives at once large blocks have come and gone
 
 
+def resident_bytes() -> int:
+    """Return the memory that this process has now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def freed_memory_kept(most_bytes: int) -> Iterator[Callable[[], None]]:
     """Keep what is freed for what is asked for next; give it back at the end.
 
-    The setting is the whole process's.
+    The setting is the whole process's.  Yields a function to be called after every batch: it gives
+    back what is free if the process has more than `most_bytes` then.  Of what batches leave behind
+    small pieces stay, the next batch's large blocks no longer fit between them, and what is free,
+    but of no use, would grow for a long while.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
-        yield
+        yield lambda: None
         return
+
+    def check() -> None:
+        if resident_bytes() > most_bytes:
+            give_back()
+
     libc.mallopt(_MMAP_THRESHOLD, _LARGE)
     libc.mallopt(_TRIM_THRESHOLD, _KEEP_ALL)
     try:
-        yield
+        yield check
     finally:
         libc.mallopt(_TRIM_THRESHOLD, _USUAL)
         give_back()

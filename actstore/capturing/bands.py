@@ -1,8 +1,9 @@
 """Bands: the buffers that activations pass through, from the model to the folds and to the disk.
 
-A *band* is `chunk_rows` rows of every site in the order the shard will have.  The hooks cast and
+A *band* is `chunk_rows` rows of one site in the order the shard will have.  The hooks cast and
 re-lay activations straight into it, so each value is touched once between the model and what comes
-of it.  Where a band lies follows from where the model runs:
+of it.  There are a band for each site, which the next batch may have to go on with, and some more
+that wait for the folds or for the disk.  Where a band lies follows from where the model runs:
 
 - `HostBands`: the model runs on the CPU.  Its bands are folded there, and the writer thread gets
   the very same ones.
@@ -10,16 +11,19 @@ of it.  Where a band lies follows from where the model runs:
   store rows a copy goes to pinned memory, on a stream of its own, and from there to the writer; the
   model goes on meanwhile.
 
-Bands come from pools of fixed size: when the disk is slow a pool runs dry and the model waits;
-memory does not grow.
+Bands come from pools of fixed size, one for each width and dtype: when the disk is slow a pool runs
+dry and the model waits; memory does not grow.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 import queue
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -33,57 +37,75 @@ from actstore.folds import device as device_folds
 from actstore.folds.cpu import BandFolds
 from actstore.folds.device import TORCH_DTYPES, DeviceFolds
 from actstore.folds.passes import SiteFolds, SiteThresholds
-from actstore.site import Site
+from actstore.shard import ShardLayout
 from actstore.store import CoreStore, SiteInfo, StoreMeta
 from actstore.store.stored_rows import ALL
 
 Int64 = npt.NDArray[np.int64]
+Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+Kind = tuple[int, str]
+"""Width and dtype: bands of sites that share them take each other's place."""
 
 
 class Band:
-    """One buffer of `chunk_rows` rows for some sites, in chunk order."""
+    """One buffer of `chunk_rows` rows of a site, in chunk order."""
 
-    def __init__(
-        self,
-        meta: StoreMeta,
-        infos: Iterable[SiteInfo],
-        empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
-    ) -> None:
-        self.buffers: dict[Site, torch.Tensor] = {}
+    def __init__(self, meta: StoreMeta, info: SiteInfo, empty: Empty) -> None:
+        layout = _layout(meta, info)
+        shape = (layout.n_column_chunks, layout.chunk_rows, layout.chunk_columns)
+        # NaN marks what no row fills: padded columns, and the hole at a segment's end.
+        self.values = empty(shape, TORCH_DTYPES[info.dtype]).fill_(torch.nan)
         self.copied: torch.cuda.Event | None = None
         """When a copy from or to this band is done, which another stream makes."""
-        for info in infos:
-            layout = meta.layout(replace(info, keep=ALL))
-            shape = (layout.n_column_chunks, layout.chunk_rows, layout.chunk_columns)
-            # NaN marks what no row fills: padded columns, and the hole at a segment's end.
-            self.buffers[info.site] = empty(shape, TORCH_DTYPES[info.dtype]).fill_(torch.nan)
 
-    def put(self, site: Site, row: int, values: torch.Tensor) -> None:
+    def put(self, row: int, rows: torch.Tensor) -> None:
         """Cast rows ``(n, width)`` into the band from a row on."""
-        buffer = self.buffers[site]
-        n, width = values.shape
-        columns = buffer.shape[2]
+        n, width = rows.shape
+        columns = self.values.shape[2]
         full = width // columns
-        buffer[:full, row : row + n].copy_(
-            values[:, : full * columns].reshape(n, full, columns).transpose(0, 1)
+        self.values[:full, row : row + n].copy_(
+            rows[:, : full * columns].reshape(n, full, columns).transpose(0, 1)
         )
         if width % columns:
-            buffer[full, row : row + n, : width % columns].copy_(values[:, full * columns :])
+            self.values[full, row : row + n, : width % columns].copy_(rows[:, full * columns :])
 
     def end_at(self, row: int) -> None:
         """Mark the rows from one on as not there."""
-        for buffer in self.buffers.values():
-            buffer[:, row:] = torch.nan
+        self.values[:, row:] = torch.nan
 
-    def array(self, site: Site) -> npt.NDArray[Any]:
-        """Return the site's buffer as NumPy, without a copy; only of bands of the CPU."""
+    def array(self) -> npt.NDArray[Any]:
+        """Return the buffer as NumPy, without a copy; only of bands of the CPU."""
         if self.copied is not None:
             self.copied.synchronize()
-        buffer = self.buffers[site]
-        if buffer.dtype == torch.bfloat16:
-            return buffer.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        found: npt.NDArray[Any] = buffer.numpy()
+        if self.values.dtype == torch.bfloat16:
+            return self.values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        found: npt.NDArray[Any] = self.values.numpy()
         return found
+
+
+def kind_of(info: SiteInfo) -> Kind:
+    """Return which bands a site takes."""
+    return info.width, info.dtype
+
+
+def n_bands(infos: Iterable[SiteInfo], n_spare: int) -> dict[Kind, int]:
+    """Return how many bands of each kind there are, so many spare ones wanted.
+
+    One for each site, which the model fills, and at most as many again that wait.
+    """
+    sites = Counter(map(kind_of, infos))
+    return {kind: n + min(n, n_spare) for kind, n in sites.items()}
+
+
+def bands_bytes(meta: StoreMeta, n_spare: int) -> int:
+    """Return the bytes of all bands of a capture, so many spare ones of each kind wanted."""
+    one = {kind_of(info): _layout(meta, info).band_bytes for info in meta.sites}
+    return sum(n * one[kind] for kind, n in n_bands(meta.sites, n_spare).items())
+
+
+def _layout(meta: StoreMeta, info: SiteInfo) -> ShardLayout:
+    # Of every row, whatever part of them is stored.
+    return meta.layout(replace(info, keep=ALL))
 
 
 class Folds(Protocol):
@@ -112,11 +134,16 @@ Wait = Callable[["queue.Queue[Band]"], Band]
 
 
 class _Pool:
-    """Bands that are made when one is needed that has not come back yet, up to a number."""
+    """Bands of one kind, made when one is needed that has not come back yet, up to a number."""
 
     def __init__(self, n_bands: int, make: Callable[[], Band]) -> None:
         self._free: queue.Queue[Band] = queue.Queue()
         self._n_left, self._make = n_bands, make
+
+    @property
+    def has_free(self) -> bool:
+        """Whether `take` need not wait."""
+        return self._n_left > 0 or not self._free.empty()
 
     def take(self, wait: Wait) -> Band:
         """Return a band, once there is one."""
@@ -130,6 +157,16 @@ class _Pool:
         self._free.put(band)
 
 
+def _pools(
+    meta: StoreMeta, infos: Collection[SiteInfo], n_spare: int, empty: Empty
+) -> dict[Kind, _Pool]:
+    models = {kind_of(info): info for info in infos}
+    return {
+        kind: _Pool(n, partial(Band, meta, models[kind], empty))
+        for kind, n in n_bands(infos, n_spare).items()
+    }
+
+
 class HostBands:
     """The bands of a model that runs on the CPU.
 
@@ -139,13 +176,13 @@ class HostBands:
         A store with a plan.
     device : torch.device
         Where the model runs.
-    n_bands : int
-        Bands that may lie in the memory of the CPU.
+    n_spare : int
+        Bands of each kind that may lie in the memory of the CPU beside one for each site.
     """
 
-    def __init__(self, store: CoreStore, device: torch.device, n_bands: int) -> None:
+    def __init__(self, store: CoreStore, device: torch.device, n_spare: int) -> None:
         self._meta = store.meta
-        self._pool = _Pool(n_bands, lambda: Band(store.meta, store.meta.sites, _in_ram))
+        self._pools = _pools(store.meta, store.meta.sites, n_spare, _in_ram)
 
     @property
     def device_bytes(self) -> int:
@@ -162,42 +199,46 @@ class HostBands:
         """Yield the stored rows ``(n, width)`` of what a site gave, in row order."""
         return batch.stored(values)
 
-    def take(self, wait: Wait) -> Band:
+    def has_free(self, info: SiteInfo) -> bool:
+        """Whether `take` need not wait."""
+        return self._pools[kind_of(info)].has_free
+
+    def take(self, info: SiteInfo, wait: Wait) -> Band:
         """Return a band for the model to fill; waits where the disk has not kept up."""
-        return self._pool.take(wait)
+        return self._pools[kind_of(info)].take(wait)
 
-    def values(self, band: Band, site: Site) -> npt.NDArray[Any]:
+    def values(self, band: Band) -> npt.NDArray[Any]:
         """Return what the folds take of a band."""
-        return band.array(site)
+        return band.array()
 
-    def pass_on(self, band: Band, wait: Wait) -> Band:
+    def pass_on(self, info: SiteInfo, band: Band, wait: Wait) -> Band:
         """Return a folded band as the writer gets it."""
         return band
 
-    def drop(self, band: Band) -> None:
+    def drop(self, info: SiteInfo, band: Band) -> None:
         """Take back a folded band that nothing is stored of."""
-        self._pool.give_back(band)
+        self._pools[kind_of(info)].give_back(band)
 
-    def written(self, band: Band) -> None:
+    def written(self, info: SiteInfo, band: Band) -> None:
         """Take back a band that was passed on; called by the writer."""
-        self._pool.give_back(band)
+        self._pools[kind_of(info)].give_back(band)
 
 
 class DeviceBands:
-    """The bands of a model that runs on a GPU; parameters as of `HostBands`."""
+    """The bands of a model that runs on a GPU; parameters as of `HostBands`.
 
-    def __init__(self, store: CoreStore, device: torch.device, n_bands: int) -> None:
+    On the GPU there is one for each site, and one of each kind that a copy may be made of.
+    """
+
+    def __init__(self, store: CoreStore, device: torch.device, n_spare: int) -> None:
         self._meta, self._device = store.meta, device
         kept = store.meta.kept_sites
-        self._there: deque[Band] = deque()
-        # A batch may begin in one band and end in another; one more may be on its way to the CPU.
-        self._most_there = -(-store.meta.batch_tokens // store.meta.chunk_rows) + 1 + bool(kept)
-        self._n_there = 0
+        self._there: dict[Kind, deque[Band]] = {kind_of(info): deque() for info in store.meta.sites}
+        self._n_to_make = n_bands(store.meta.sites, n_spare=1)
         is_gpu = device.type == "cuda"
         # PyTorch gives this no types.
         self._stream = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
-        empty = _pinned if is_gpu else _in_ram
-        self._here = _Pool(n_bands, lambda: Band(store.meta, kept, empty))
+        self._here = _pools(store.meta, kept, n_spare, _pinned if is_gpu else _in_ram)
         self._positions: tuple[Batch, torch.Tensor] | None = None
 
     @property
@@ -208,10 +249,10 @@ class DeviceBands:
         for a while.
         """
         meta = self._meta
-        n_bands = meta.segment_rows // meta.chunk_rows
+        n_folded = meta.segment_rows // meta.chunk_rows
         states = sum(
             device_folds.state_bytes(
-                *(info.width, info.dtype, TOPK.k, SAMPLE.n_rows, n_bands),
+                *(info.width, info.dtype, TOPK.k, SAMPLE.n_rows, n_folded),
                 str(info.site) in meta.grams,
             )
             for info in meta.sites
@@ -219,7 +260,7 @@ class DeviceBands:
         folding = max(
             device_folds.temporary_bytes(meta.chunk_rows, info.width, TOPK.k) for info in meta.sites
         )
-        return self._most_there * meta.chunk_rows * meta.row_bytes + 2 * states + folding
+        return bands_bytes(meta, n_spare=1) + 2 * states + folding
 
     def start_folds(self, first_row_id: int) -> Folds:
         """Return the folds of a segment before its first band."""
@@ -237,12 +278,17 @@ class DeviceBands:
             rows = rows.index_select(0, self._positions[1])
         yield rows
 
-    def take(self, wait: Wait) -> Band:
+    def has_free(self, info: SiteInfo) -> bool:
+        """Whether there is a band for `take` to return."""
+        return bool(self._there[kind_of(info)]) or self._n_to_make[kind_of(info)] > 0
+
+    def take(self, info: SiteInfo, wait: Wait) -> Band:
         """Return a band for the model to fill, behind the copy that may still be made of it."""
-        if not self._there or (self._n_there < self._most_there and self._there[0].copied):
-            self._n_there += 1
-            return Band(self._meta, self._meta.sites, self._on_device)
-        band = self._there.popleft()
+        kind, there = kind_of(info), self._there[kind_of(info)]
+        if not there or (self._n_to_make[kind] and there[0].copied):
+            self._n_to_make[kind] -= 1
+            return Band(self._meta, info, self._on_device)
+        band = there.popleft()
         if band.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(band.copied)
             band.copied = None
@@ -251,16 +297,16 @@ class DeviceBands:
     def _on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
-    def values(self, band: Band, site: Site) -> torch.Tensor:
+    def values(self, band: Band) -> torch.Tensor:
         """Return what the folds take of a band."""
-        return band.buffers[site]
+        return band.values
 
-    def pass_on(self, band: Band, wait: Wait) -> Band:
+    def pass_on(self, info: SiteInfo, band: Band, wait: Wait) -> Band:
         """Return a folded band as the writer gets it: a copy that may still be under way.
 
         Waits where the disk has not kept up.
         """
-        copy = self._here.take(wait)
+        copy = self._here[kind_of(info)].take(wait)
         if self._stream is None:
             _copy(band, copy)
         else:
@@ -269,16 +315,16 @@ class DeviceBands:
             with torch.cuda.stream(self._stream):
                 _copy(band, copy)
             band.copied = copy.copied = self._stream.record_event()
-        self._there.append(band)
+        self.drop(info, band)
         return copy
 
-    def drop(self, band: Band) -> None:
-        """Take back a folded band that nothing is stored of."""
-        self._there.append(band)
+    def drop(self, info: SiteInfo, band: Band) -> None:
+        """Take back a folded band that nothing more is wanted of."""
+        self._there[kind_of(info)].append(band)
 
-    def written(self, band: Band) -> None:
+    def written(self, info: SiteInfo, band: Band) -> None:
         """Take back a band that was passed on; called by the writer."""
-        self._here.give_back(band)
+        self._here[kind_of(info)].give_back(band)
 
 
 def bands_of(device: torch.device) -> type[HostBands] | type[DeviceBands]:
@@ -290,13 +336,17 @@ def bands_of(device: torch.device) -> type[HostBands] | type[DeviceBands]:
 
 
 def _copy(source: Band, target: Band) -> None:
-    for site, buffer in target.buffers.items():
-        buffer.copy_(source.buffers[site], non_blocking=True)
+    target.values.copy_(source.values, non_blocking=True)
 
 
 def _in_ram(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    # NumPy's memory comes in huge pages, where there are any.
-    return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
+    # Pages of its own: in the heap it would lie between what a forward pass takes and frees, and
+    # leave holes that the next one does not fit into.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

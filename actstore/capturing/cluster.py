@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from actstore.capturing.replay import model_of
-from actstore.capturing.worker import OnFault, Timing, Worker, affordable_bands
+from actstore.capturing.worker import OnFault, Timing, Worker, spare_bands
 from actstore.errors import (
     ActstoreError,
     ArgumentError,
@@ -295,23 +295,22 @@ class Alone:
     def __init__(self, store: CoreStore, model: LanguageModel, **options: Any) -> None:
         self._make_worker = partial(Worker, store, model, **options)
         self._worker: Worker | None = None
+        self.timing = Timing()
+        """Seconds of the stages of all runs."""
 
     def __enter__(self) -> Alone:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        # Its bands and lists would add up with what the index takes.
+        self._worker = None
 
     def run(self, segments: Iterable[int]) -> None:
         """Capture the segments that are not committed, and that no other process has."""
         if self._worker is None:
             self._worker = self._make_worker()
+            self.timing = self._worker.timing
         self._worker.run(segments)
-
-    @property
-    def timing(self) -> Timing:
-        """Seconds of the stages of all runs."""
-        return self._worker.timing if self._worker else Timing()
 
 
 class Cluster:
@@ -359,7 +358,7 @@ class Cluster:
         if workers.n_local:
             share = budget // workers.n_local
             try:
-                affordable_bands(store.meta, share)
+                spare_bands(store.meta, share)
             except BudgetExceeded as error:
                 raise BudgetExceeded(
                     f"{error} It is the share of each of {workers.n_local} workers; fewer workers= "

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from actstore.capturing.bands import bands_bytes
 from actstore.capturing.compact import compact
 from actstore.capturing.corpus import Corpus, Document, Texts, open_corpus
 from actstore.capturing.plan import Limits, Window, cut_corpus, make_plan, part_rows
@@ -272,7 +273,7 @@ class _Probe:
             """Bytes of text and tokens, for a row."""
         self.device_bytes = worker.device_bytes
         """Bytes of the model's GPU, beyond the model."""
-        bands = worker.n_bands * meta.chunk_rows * meta.row_bytes
+        bands = bands_bytes(meta, worker.n_spare)
         folds = list_bytes(meta.sites, whole.segment_rows // meta.chunk_rows, meta.grams)
         computed = bands + folds + sampled_bytes(whole)
         # Memory that was used before and is free in this process does not show as growth.

@@ -30,7 +30,7 @@ from actstore.capturing.corpus import Corpus, open_corpus
 from actstore.capturing.keep import choose_keeps, describe_keeps, named_keeps
 from actstore.capturing.plan import Limits, encode_documents
 from actstore.capturing.read_ahead import ReadAhead
-from actstore.capturing.worker import OnFault, Timing, affordable_bands, list_bytes
+from actstore.capturing.worker import OnFault, Timing, list_bytes, spare_bands
 from actstore.errors import ArgumentError, CorpusError, NotEnoughDisk, StoreMismatch, StoreNotFound
 from actstore.models import LanguageModel, load
 from actstore.site import Site, select, summarize
@@ -327,7 +327,7 @@ def open_or_create(
         store = CoreStore(path)
     else:
         meta = new_meta(model, corpus, settings, budget)
-        affordable_bands(meta, budget)  # refuse before there is a store
+        spare_bands(meta, budget)  # refuse before there is a store
         if path is None:
             folder = tempfile.TemporaryDirectory(prefix="actstore-")
             store = CoreStore.create(folder.name, meta)

@@ -4,7 +4,9 @@
 
 The hooks cast and re-lay activations straight into a *band* (`actstore.capturing.bands`).  When all
 its rows are there it is folded, where the model runs, and the writer thread appends it to the
-segment's shards, or picks from it the rows of sites that keep only some.
+site's shard, or picks from it the rows that are kept.  Folds wait for the end of the batch, or
+until the model needs a band and none is left: memory that is short costs some time, as the threads
+of the model and of the folds get in each other's way where they take turns.
 
 Batches follow from the plan alone, bands are folded in row order, and commits happen in segment
 order, so what is written does not depend on timing.
@@ -15,24 +17,27 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from actstore.capturing.allocator import freed_memory_kept, give_back
-from actstore.capturing.bands import Band, Folds, bands_of
+from actstore.capturing.allocator import freed_memory_kept, give_back, resident_bytes
+from actstore.capturing.bands import Band, Folds, bands_bytes, bands_of
 from actstore.capturing.batches import Batch, batches
 from actstore.capturing.compact import compact, needs_compaction
 from actstore.capturing.lists import SAMPLE, TOPK, RunningLists, SiteLists, pack_site
 from actstore.capturing.sampled import SampledBands, sampled_bytes
 from actstore.errors import BudgetExceeded, NonFiniteActivation, StoreBusy
 from actstore.folds.cpu import state_bytes
-from actstore.folds.passes import SiteFolds
+from actstore.folds.passes import SiteFolds, SiteThresholds
 from actstore.models import LanguageModel
 from actstore.site import Site
 from actstore.store import FIRST, SPECIAL, CoreStore, SegmentWriter, SiteCounts, SiteInfo, StoreMeta
@@ -41,8 +46,8 @@ from actstore.store.stored_rows import is_sample
 
 OnFault = Literal["error", "count"]
 
-# Per place of a running list: value and row in the top, the bottom and the window list.
-_LIST_BYTES = 3 * 12
+# Per place of a running list: the value in the top, the bottom and the window list.
+_LIST_BYTES = 3 * 4
 # Segments whose states are held at a time.
 _UNDER_WAY = 2
 # Bands of a segment of 65,536 rows in chunks of 4,096.
@@ -99,6 +104,16 @@ class Timing:
         )
 
 
+class _Folded(NamedTuple):
+    """A band on its way to the disk."""
+
+    work: _SegmentWork
+    info: SiteInfo
+    first: int
+    """Offset of its first row in the segment."""
+    band: Band
+
+
 @dataclass
 class _SegmentWork:
     """A segment on its way through the pipeline."""
@@ -113,9 +128,19 @@ class _SegmentWork:
     rows: int
     relied_on: list[int]
     leave: ExitStack
+    thresholds: Mapping[Site, SiteThresholds] = field(default_factory=dict)
+    """What the rows of the batch under way must reach."""
     open_bands: dict[int, Band] = field(default_factory=dict)
+    """The band that each site's next rows go to, by the place of the site."""
+    whole_bands: deque[tuple[int, int, Band]] = field(default_factory=deque)
+    """Bands whose rows are all there, to be folded: place of the site, number of the band."""
     filled: int = 0
     abandoned: bool = False
+
+    @property
+    def bands(self) -> list[tuple[int, Band]]:
+        """The bands that are not folded yet, by the place of their site."""
+        return [*self.open_bands.items(), *((place, band) for place, _, band in self.whole_bands)]
 
 
 def list_bytes(
@@ -136,27 +161,26 @@ def list_bytes(
     )
 
 
-def affordable_bands(meta: StoreMeta, budget: int) -> int:
-    """Return how many bands a capture may hold within a budget.
+def spare_bands(meta: StoreMeta, budget: int) -> int:
+    """Return how many bands of a kind a capture may hold within a budget, beside one for each site.
 
     Raises
     ------
     BudgetExceeded
-        If not even the fewest bands fit.
+        If not even one fits.
     """
-    band_bytes = meta.chunk_rows * meta.row_bytes
-    # A batch may begin in one band and end in another; one more may be on its way to disk.
-    fewest = -(-meta.batch_tokens // meta.chunk_rows) + 2
+    fewest = bands_bytes(meta, n_spare=1)
     lists = list_bytes(meta.sites, meta.segment_rows // meta.chunk_rows, meta.grams)
     beside = lists + sampled_bytes(meta)
-    if fewest * band_bytes + beside > budget:
+    if fewest + beside > budget:
         raise BudgetExceeded(
-            f"capturing {len(meta.sites)} sites needs {(fewest * band_bytes + beside) / 1e6:,.0f} "
-            f"MB ({fewest} bands of {meta.chunk_rows} rows, {band_bytes / 1e6:,.0f} MB each, and "
-            f"the folds); the budget is {budget / 1e6:,.0f} MB. Give a larger budget= "
-            "(--budget), a smaller batch_tokens= (--batch-tokens), or fewer sites= (--sites)."
+            f"capturing {len(meta.sites)} sites needs {(fewest + beside) / 1e6:,.0f} MB (bands of "
+            f"{meta.chunk_rows} rows, {fewest / 1e6:,.0f} MB, and the folds); the budget is "
+            f"{budget / 1e6:,.0f} MB. Give a larger budget= (--budget), or fewer sites= (--sites)."
         )
-    return int(min(fewest + 2, (budget - beside) // band_bytes))
+    # More spare bands than sites there never are.
+    numbers = range(2, len(meta.sites) + 1)
+    return 1 + bisect_right(numbers, budget - beside, key=partial(bands_bytes, meta))
 
 
 class Worker:
@@ -201,11 +225,13 @@ class Worker:
         self._on_overflow = on_overflow
         self._progress = progress
         self.timing = Timing()
-        self.n_bands = affordable_bands(store.meta, budget)
-        self._bands = bands_of(model.device)(store, model.device, self.n_bands)
-        # Bounded by the pool of bands: every one in it was taken from there.
-        self._tasks: queue.Queue[tuple[_SegmentWork, int, Band | None] | None] = queue.Queue()
+        self._most_bytes = resident_bytes() + budget
+        self.n_spare = spare_bands(store.meta, budget)
+        self._bands = bands_of(model.device)(store, model.device, self.n_spare)
+        # Bounded by the pools of bands: every one in it was taken from there.
+        self._tasks: queue.Queue[_SegmentWork | _Folded | None] = queue.Queue()
         self._sampled = SampledBands(store.meta)
+        self._places_of = {info.site: place for place, info in enumerate(store.meta.sites)}
         self._failure: BaseException | None = None
         self._under_way: list[_SegmentWork] = []
         # A segment is captured while the one before is committed: so many states are in the budget.
@@ -235,19 +261,21 @@ class Worker:
         writer.start()
         rows = 0
         try:
-            with freed_memory_kept():
+            with freed_memory_kept(self._most_bytes) as keep_within:
                 for segment in sorted(segments):
                     self._check_writer()
-                    rows += self._capture(segment)
+                    rows += self._capture(segment, keep_within)
         except BaseException:
             # What is whole is still committed; the segment that failed is not.
             for work in self._under_way:
-                work.abandoned = work.filled < work.rows or bool(work.open_bands)
+                work.abandoned = work.filled < work.rows or bool(work.bands)
             raise
         finally:
             self._tasks.put(None)
             writer.join()
             for work in self._under_way:
+                for place, band in work.bands:
+                    self._bands.drop(self._store.meta.sites[place], band)
                 work.leave.close()
             self._under_way.clear()
             self._places = threading.Semaphore(_UNDER_WAY)
@@ -259,6 +287,10 @@ class Worker:
             raise self._failure
 
     # -- the model's side ----------------------------------------------------------------------
+
+    def _place_in_model(self, place: int) -> tuple[int, int]:
+        site = self._store.meta.sites[place].site
+        return site.layer, site.hook_rank
 
     def _begin(self, segment: int) -> _SegmentWork | None:
         """Take the segment's lock; None if it is committed, or another process has it."""
@@ -279,7 +311,7 @@ class Worker:
         rows = np.flatnonzero(content), np.flatnonzero(~content)
         return _SegmentWork(segment, writer, folds, *rows, windows, len(flags), [], leave)
 
-    def _capture(self, segment: int) -> int:
+    def _capture(self, segment: int, keep_within: Callable[[], None]) -> int:
         self._wait_for_place()
         work = self._begin(segment)
         if work is None:
@@ -287,15 +319,19 @@ class Worker:
             return 0
         self._under_way.append(work)
         for batch in batches(self._store, self._model, segment):
+            self._look_at_lists(work)
             self._forward(work, batch)
-            self._pass_on(work)
+            keep_within()
             if self._progress:
                 self._progress("capture", self._rows_done + work.filled, self._rows_planned)
-        for number, band in list(work.open_bands.items()):
-            band.end_at(work.rows - number * self._store.meta.chunk_rows)
-            self._fold(work, number, band)
+        number, n_rows = divmod(work.rows, self._store.meta.chunk_rows)
+        # In the order of the model, so that a fault is told where it began.
+        for place in sorted(work.open_bands, key=self._place_in_model):
+            work.open_bands[place].end_at(n_rows)
+            work.whole_bands.append((place, number, work.open_bands.pop(place)))
+        self._fold_all(work)
         self._rows_done += work.rows
-        self._tasks.put((work, 0, None))
+        self._tasks.put(work)
         return work.rows
 
     def _wait_for_place(self) -> None:
@@ -319,66 +355,73 @@ class Worker:
                 self.timing.waiting += time.perf_counter() - started
                 started = time.perf_counter()
 
-    def _forward(self, work: _SegmentWork, batch: Batch) -> None:
-        size = self._store.meta.chunk_rows
-        for number in range(work.filled // size, -(-(work.filled + batch.rows) // size)):
-            if number not in work.open_bands:
-                work.open_bands[number] = self._bands.take(self._wait)
-        started = time.perf_counter()
+    def _look_at_lists(self, work: _SegmentWork) -> None:
+        """Take the thresholds of the segments that are committed below one by now."""
+        with self._lists_lock:
+            self._lists.advance(work.segment)
+            work.relied_on = [s for s in self._lists.relied_on if s < work.segment]
+            work.thresholds = self._lists.thresholds() if work.relied_on else {}
 
-        def put(site: Site, row: int, values: torch.Tensor) -> None:
-            while len(values):
-                band, offset = work.open_bands[row // size], row % size
-                n = min(len(values), size - offset)
-                band.put(site, offset, values[:n])
-                values, row = values[n:], row + n
+    def _forward(self, work: _SegmentWork, batch: Batch) -> None:
+        timing, size = self.timing, self._store.meta.chunk_rows
+        started, beside = time.perf_counter(), timing.folds + timing.waiting
 
         def sink(site: Site, values: torch.Tensor) -> None:
-            row = work.filled
+            place, row = self._places_of[site], work.filled
             for rows in self._bands.stored(batch, values):
-                put(site, row, rows)
-                row += len(rows)
+                while len(rows):
+                    number, offset = divmod(row, size)
+                    some = rows[: size - offset]
+                    self._band(work, place).put(offset, some)
+                    rows, row = rows[len(some) :], row + len(some)
+                    if row % size == 0:
+                        work.whole_bands.append((place, number, work.open_bands.pop(place)))
 
         self._model.forward(batch.input_ids, batch.lengths, self._store.sites, sink)
+        self._fold_all(work)
         work.filled += batch.rows
-        self.timing.n_positions += batch.input_ids.numel()
-        self.timing.n_padding += batch.input_ids.numel() - sum(batch.lengths)
-        self.timing.forward += time.perf_counter() - started
+        timing.n_positions += batch.input_ids.numel()
+        timing.n_padding += batch.input_ids.numel() - sum(batch.lengths)
+        timing.forward += time.perf_counter() - started - (timing.folds + timing.waiting - beside)
 
-    def _pass_on(self, work: _SegmentWork) -> None:
+    def _band(self, work: _SegmentWork, place: int) -> Band:
+        """Return the band that the next rows of a site go to."""
+        if place not in work.open_bands:
+            info = self._store.meta.sites[place]
+            if not self._bands.has_free(info):
+                self._fold_all(work)
+            work.open_bands[place] = self._bands.take(info, self._wait)
+        return work.open_bands[place]
+
+    def _fold_all(self, work: _SegmentWork) -> None:
         """Fold the bands whose rows are all there, and hand them to the writer."""
-        for number in sorted(work.open_bands):
-            if (number + 1) * self._store.meta.chunk_rows <= work.filled:
-                self._fold(work, number, work.open_bands[number])
+        while work.whole_bands:
+            self._fold(work, *work.whole_bands[0])
+            work.whole_bands.popleft()
 
-    def _fold(self, work: _SegmentWork, number: int, band: Band) -> None:
+    def _fold(self, work: _SegmentWork, place: int, number: int, band: Band) -> None:
         started = time.perf_counter()
+        info = self._store.meta.sites[place]
         first = number * self._store.meta.chunk_rows
         stop = first + self._store.meta.chunk_rows
         content, others = (
             rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first
             for rows in (work.content, work.others)
         )
-        place = int(np.searchsorted(work.content, first))
-        windows = work.windows[place : place + len(content)]
-        with self._lists_lock:
-            self._lists.advance(work.segment)
-            work.relied_on = [s for s in self._lists.relied_on if s < work.segment]
-            thresholds = self._lists.thresholds() if work.relied_on else {}
-        # In the order of the model, so that a fault is told where it began.
-        for i, info in sorted(enumerate(self._store.meta.sites), key=_place_in_model):
-            n_nan, n_overflow = work.folds.update(
-                *(i, self._bands.values(band, info.site), content, others, windows),
-                *(first, thresholds.get(info.site)),
-            )
-            if (n_nan and self._on_nan == "error") or (n_overflow and self._on_overflow == "error"):
-                raise self._fault(work, i, info, "NaN" if n_nan else "overflow")
+        at = int(np.searchsorted(work.content, first))
+        windows = work.windows[at : at + len(content)]
+        n_nan, n_overflow = work.folds.update(
+            *(place, self._bands.values(band), content, others, windows),
+            *(first, work.thresholds.get(info.site)),
+        )
+        if (n_nan and self._on_nan == "error") or (n_overflow and self._on_overflow == "error"):
+            raise self._fault(work, place, info, "NaN" if n_nan else "overflow")
         self.timing.folds += time.perf_counter() - started
-        del work.open_bands[number]
-        if self._store.meta.kept_sites:
-            self._tasks.put((work, number, self._bands.pass_on(band, self._wait)))
+        if info.keep:
+            passed = self._bands.pass_on(info, band, self._wait)
+            self._tasks.put(_Folded(work, info, first, passed))
         else:
-            self._bands.drop(band)
+            self._bands.drop(info, band)
 
     def _fault(
         self, work: _SegmentWork, index: int, info: SiteInfo, kind: str
@@ -408,34 +451,33 @@ class Worker:
     def _write_all(self) -> None:
         """Write bands and commit segments until told to end; remember the first failure."""
         while (task := self._tasks.get()) is not None:
-            work, number, band = task
+            work = task.work if isinstance(task, _Folded) else task
             started = time.perf_counter()
             try:
                 if self._failure is not None or work.abandoned:
                     pass
-                elif band is not None:
-                    self._write(work, number * self._store.meta.chunk_rows, band)
+                elif isinstance(task, _Folded):
+                    self._write(*task)
                 else:
                     self._commit(work)
             except BaseException as error:
                 self._failure = error
             finally:
-                if band is not None:
-                    self._bands.written(band)
+                if isinstance(task, _Folded):
+                    self._bands.written(task.info, task.band)
                 else:
                     self._places.release()
             seconds = time.perf_counter() - started
             self.timing.writing += seconds
-            if band is None:
+            if not isinstance(task, _Folded):
                 self.timing.committing += seconds
 
-    def _write(self, work: _SegmentWork, first: int, band: Band) -> None:
+    def _write(self, work: _SegmentWork, info: SiteInfo, first: int, band: Band) -> None:
         """Write the rows of a band that are kept; it begins at an offset in the segment."""
-        for info in self._store.meta.kept_sites:
-            if is_sample(info.keep):
-                self._sampled.add(work.writer, info, first, band.array(info.site))
-            else:
-                work.writer.write_band(info, band.array(info.site))
+        if is_sample(info.keep):
+            self._sampled.add(work.writer, info, first, band.array())
+        else:
+            work.writer.write_band(info, band.array())
 
     def _commit(self, work: _SegmentWork) -> None:
         for info in self._store.meta.kept_sites:
@@ -466,15 +508,10 @@ class Worker:
         """
         for i, site in enumerate(self._store.sites):
             found = work.folds.finish(i)
-            lists[site] = SiteLists(found.topk, found.window_top, found.sample.row_ids)
+            lists[site] = SiteLists.of(found.topk, found.window_top, found.sample.row_ids)
             if found.nan.n or found.overflow.n:
                 counts[str(site)] = _counts(found)
             yield from pack_site(site, found).items()
-
-
-def _place_in_model(item: tuple[int, SiteInfo]) -> tuple[int, int]:
-    site = item[1].site
-    return site.layer, site.hook_rank
 
 
 def _counts(folds: SiteFolds) -> SiteCounts:

@@ -23,7 +23,7 @@ from actstore.capturing.corpus import open_corpus
 from actstore.capturing.keep import choose_keeps, named_keeps, projected_rows
 from actstore.capturing.run import bytes_needed, new_meta
 from actstore.capturing.sampled import SampledBands, sampled_bytes
-from actstore.capturing.worker import affordable_bands
+from actstore.capturing.worker import spare_bands
 from actstore.cli import main
 from actstore.decompose import nmf, similarity
 from actstore.errors import (
@@ -387,7 +387,7 @@ def test_the_bands_of_samples_are_in_the_budget(kept: Any, minilm: LanguageModel
     corpus = open_corpus(["x" * 10**6])
     for budget in (2**28, 2**29, 2**31):
         meta = new_meta(minilm, corpus, Settings(keep=kept, dtype="float16"), budget)
-        assert affordable_bands(meta, budget) >= 3
+        assert spare_bands(meta, budget) >= 3
     whole = replace(meta, sites=tuple(replace(info, keep=1.0) for info in meta.sites))
     held = sum(band.nbytes for band in SampledBands(meta)._bands.values())
     assert least_budget(meta) - least_budget(whole) == sampled_bytes(meta) == held > 0
@@ -398,7 +398,7 @@ def least_budget(meta: StoreMeta) -> int:
 
     def refused(budget: int) -> bool:
         try:
-            return affordable_bands(meta, budget) < 1
+            return spare_bands(meta, budget) < 1
         except BudgetExceeded:
             return True
 

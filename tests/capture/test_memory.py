@@ -103,7 +103,11 @@ def test_a_commit_that_fails_stops_the_model_and_leaves_the_worker_usable(
         time.sleep(0.5)  # until the model waits for the place
         raise OSError("no space")
 
+    forward = Worker._forward
+
     def interrupted(self: Worker, work: Any, batch: Any) -> None:
+        forward(self, work, batch)
+        assert work.open_bands
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Worker, "_begin", counting)
