@@ -24,7 +24,7 @@ import psutil
 from actstore.capturing.bands import bands_bytes
 from actstore.capturing.compact import compact
 from actstore.capturing.corpus import Corpus, Document, Texts, open_corpus
-from actstore.capturing.plan import Limits, Window, cut_corpus, make_plan, part_rows
+from actstore.capturing.plan import Limits, Window, cut_corpus, make_plan, part_ends, part_rows
 from actstore.capturing.run import (
     COMPACT_EVERY,
     Settings,
@@ -198,13 +198,21 @@ class _Segments:
     _open_rows: int = 0
     _part_rows: int = 0
     _part_documents: int = 0
+    _part_segments: int = 0
+    """Segments of the parts before."""
     _n_parts: int = 0
 
     def add_document(self, windows: Sequence[Window]) -> None:
         """Take the next document of the corpus."""
-        if max(self._part_rows, self._part_documents) >= part_rows(self._n_parts):
+        n_segments = len(self.rows) - self._part_segments + 1
+        if part_ends(
+            *(self.meta.segment_rows, part_rows(self._n_parts), self._part_rows),
+            *(self._part_documents, n_segments, self._open_rows),
+            windows,
+        ):
             self.close()
             self._part_rows = self._part_documents = 0
+            self._part_segments = len(self.rows)
             self._n_parts += 1
         for window in windows:
             if self._open_rows + window.rows > self.meta.segment_rows:

@@ -75,8 +75,10 @@ def test_documents_added_twice_are_as_if_always_there(
     for site in added.sites:
         assert indexed_lists(added, str(site)) == brute_lists(added, str(site)), site
 
-    full = property(lambda builder: builder.n_rows >= n_rows[builder.part])
-    monkeypatch.setattr(plan._PartBuilder, "full", full)
+    monkeypatch.setattr(
+        *(plan._PartBuilder, "ends_before"),
+        lambda builder, cut: builder.n_rows >= n_rows[builder.part],
+    )
     whole = toy_capture(named([*DOCUMENTS, *MORE, *STILL_MORE]), "whole").store
     assert len(whole.parts) == 3
     found, expected = stored_bytes(added), stored_bytes(whole)

@@ -146,11 +146,35 @@ def test_every_token_is_planned_once(
             if start + body < len(encoded.ids):
                 assert len(own) + back == context
 
-        # Parts: each ends with a document; all but the last have their size in rows or documents.
+        # Parts: each ends with a document; all but the last have their size in rows or documents,
+        # or half of it.
         assert [p.complete for p in store.parts] == [False] * (len(store.parts) - 1) + [True]
         for part in store.parts[:-1]:
             size = max(sum(s.rows[""] for s in part.segments), part.n_documents)
-            assert size >= part_rows
+            assert 2 * size > part_rows
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_documents", "n_segments", "open_rows", "lengths", "ends"),
+    [
+        (199, 3, 2, 99, [1], False),
+        (199, 3, 2, 99, [2], True),  # 101 rows do not fit into the second and last segment
+        (150, 3, 2, 50, [30, 20], False),
+        (150, 3, 2, 50, [30, 21], True),
+        (100, 3, 1, 100, [60, 60], False),  # it has but half of its rows
+        (101, 3, 2, 1, [60, 60], True),
+        (200, 3, 2, 100, [], True),
+        (0, 200, 1, 0, [], True),
+        (0, 0, 1, 0, [100, 100, 100, 100], False),  # a long document must go somewhere
+    ],
+)
+def test_a_part_ends_where_its_segments_are_full(
+    n_rows: int, n_documents: int, n_segments: int, open_rows: int, lengths: list[int], ends: bool
+) -> None:
+    """Of 200 wanted rows in segments of 100: a document does not begin a third of a few rows."""
+    windows = [mock.Mock(rows=rows) for rows in lengths]
+    facts = (n_rows, n_documents, n_segments, open_rows)
+    assert plan.part_ends(100, 200, *facts, windows) is ends
 
 
 @given(stop=st.integers(0, 6), **CASES)
