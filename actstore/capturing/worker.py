@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 
 from actstore.capturing.allocator import freed_memory_kept, give_back, resident_bytes
-from actstore.capturing.bands import Band, Folds, bands_bytes, bands_of
+from actstore.capturing.bands import Band, DeviceBands, Folds, HostBands, bands_bytes, bands_of
 from actstore.capturing.batches import Batch, batches
 from actstore.capturing.compact import compact, needs_compaction
 from actstore.capturing.lists import SAMPLE, TOPK, RunningLists, SiteLists, pack_site
@@ -137,11 +137,6 @@ class _SegmentWork:
     filled: int = 0
     abandoned: bool = False
 
-    @property
-    def bands(self) -> list[tuple[int, Band]]:
-        """The bands that are not folded yet, by the place of their site."""
-        return [*self.open_bands.items(), *((place, band) for place, _, band in self.whole_bands)]
-
 
 def list_bytes(
     infos: Iterable[SiteInfo], n_bands: int = _USUAL_BANDS, grams: Collection[str] = ()
@@ -227,7 +222,7 @@ class Worker:
         self.timing = Timing()
         self._most_bytes = resident_bytes() + budget
         self.n_spare = spare_bands(store.meta, budget)
-        self._bands = bands_of(model.device)(store, model.device, self.n_spare)
+        self._bands = self._new_bands()
         # Bounded by the pools of bands: every one in it was taken from there.
         self._tasks: queue.Queue[_SegmentWork | _Folded | None] = queue.Queue()
         self._sampled = SampledBands(store.meta)
@@ -260,27 +255,35 @@ class Worker:
         writer = threading.Thread(target=self._write_all, name="actstore-writer", daemon=True)
         writer.start()
         rows = 0
+        interrupted = True
         try:
             with freed_memory_kept(self._most_bytes) as keep_within:
                 for segment in sorted(segments):
                     self._check_writer()
                     rows += self._capture(segment, keep_within)
+            interrupted = False
         except BaseException:
             # What is whole is still committed; the segment that failed is not.
             for work in self._under_way:
-                work.abandoned = work.filled < work.rows or bool(work.bands)
+                work.abandoned = bool(
+                    work.filled < work.rows or work.open_bands or work.whole_bands
+                )
             raise
         finally:
             self._tasks.put(None)
             writer.join()
             for work in self._under_way:
-                for place, band in work.bands:
-                    self._bands.drop(self._store.meta.sites[place], band)
                 work.leave.close()
             self._under_way.clear()
             self._places = threading.Semaphore(_UNDER_WAY)
+            if interrupted:  # bands that the model held come back no more
+                self._bands = self._new_bands()
         self._check_writer()
         return rows
+
+    def _new_bands(self) -> HostBands | DeviceBands:
+        device = self._model.device
+        return bands_of(device)(self._store, device, self.n_spare)
 
     def _check_writer(self) -> None:
         if self._failure is not None:
@@ -396,8 +399,7 @@ class Worker:
     def _fold_all(self, work: _SegmentWork) -> None:
         """Fold the bands whose rows are all there, and hand them to the writer."""
         while work.whole_bands:
-            self._fold(work, *work.whole_bands[0])
-            work.whole_bands.popleft()
+            self._fold(work, *work.whole_bands.popleft())
 
     def _fold(self, work: _SegmentWork, place: int, number: int, band: Band) -> None:
         started = time.perf_counter()
