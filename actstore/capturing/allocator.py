@@ -1,4 +1,4 @@
-"""Freed memory stays with the process while a capture runs.
+"""Freed memory stays with the process while a capture runs, within its budget.
 
 A forward pass frees hundreds of megabytes that the next one asks for again.  Left to itself, glibc
 gives the operating system back what lies free at the end of its heap, and every batch pays a page

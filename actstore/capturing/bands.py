@@ -21,7 +21,8 @@ import math
 import mmap
 import queue
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ import torch
 
 from actstore.capturing.batches import Batch
 from actstore.capturing.lists import SAMPLE, TOPK
+from actstore.capturing.sampled import band_bytes
 from actstore.folds import device as device_folds
 from actstore.folds.cpu import BandFolds
 from actstore.folds.device import TORCH_DTYPES, DeviceFolds
@@ -91,16 +93,16 @@ def kind_of(info: SiteInfo) -> Kind:
 def n_bands(infos: Iterable[SiteInfo], n_spare: int) -> dict[Kind, int]:
     """Return how many bands of each kind there are, so many spare ones wanted.
 
-    One for each site, which the model fills, and at most as many again that wait.
+    One for each site, which the model fills, and at most as many that wait for the folds and as
+    many for the disk.
     """
-    sites = Counter(map(kind_of, infos))
-    return {kind: n + min(n, n_spare) for kind, n in sites.items()}
+    return {kind: n + min(2 * n, n_spare) for kind, n in Counter(map(kind_of, infos)).items()}
 
 
-def bands_bytes(meta: StoreMeta, n_spare: int) -> int:
-    """Return the bytes of all bands of a capture, so many spare ones of each kind wanted."""
-    one = {kind_of(info): _layout(meta, info).band_bytes for info in meta.sites}
-    return sum(n * one[kind] for kind, n in n_bands(meta.sites, n_spare).items())
+def bands_bytes(meta: StoreMeta, counts: Mapping[Kind, int]) -> int:
+    """Return the bytes of so many bands of each kind."""
+    one = {kind_of(info): band_bytes(_layout(meta, info)) for info in meta.sites}
+    return sum(n * one[kind] for kind, n in counts.items())
 
 
 def _layout(meta: StoreMeta, info: SiteInfo) -> ShardLayout:
@@ -160,9 +162,9 @@ class _Pool:
 def _pools(
     meta: StoreMeta, infos: Collection[SiteInfo], n_spare: int, empty: Empty
 ) -> dict[Kind, _Pool]:
-    models = {kind_of(info): info for info in infos}
+    example = {kind_of(info): info for info in infos}
     return {
-        kind: _Pool(n, partial(Band, meta, models[kind], empty))
+        kind: _Pool(n, partial(Band, meta, example[kind], empty))
         for kind, n in n_bands(infos, n_spare).items()
     }
 
@@ -227,14 +229,15 @@ class HostBands:
 class DeviceBands:
     """The bands of a model that runs on a GPU; parameters as of `HostBands`.
 
-    On the GPU there is one for each site, and one of each kind that a copy may be made of.
+    On the GPU there are what a batch fills, a band of each site that the next one goes on with, and
+    one that a copy may be made of.
     """
 
     def __init__(self, store: CoreStore, device: torch.device, n_spare: int) -> None:
         self._meta, self._device = store.meta, device
         kept = store.meta.kept_sites
         self._there: dict[Kind, deque[Band]] = {kind_of(info): deque() for info in store.meta.sites}
-        self._n_to_make = n_bands(store.meta.sites, n_spare=1)
+        self._n_to_make = self._n_there()
         is_gpu = device.type == "cuda"
         # PyTorch gives this no types.
         self._stream = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
@@ -260,7 +263,12 @@ class DeviceBands:
         folding = max(
             device_folds.temporary_bytes(meta.chunk_rows, info.width, TOPK.k) for info in meta.sites
         )
-        return bands_bytes(meta, n_spare=1) + 2 * states + folding
+        return bands_bytes(meta, self._n_there()) + 2 * states + folding
+
+    def _n_there(self) -> dict[Kind, int]:
+        meta = self._meta
+        n_each = -(-meta.batch_tokens // meta.chunk_rows) + 1 + bool(meta.kept_sites)
+        return {kind: n * n_each for kind, n in n_bands(meta.sites, n_spare=0).items()}
 
     def start_folds(self, first_row_id: int) -> Folds:
         """Return the folds of a segment before its first band."""
@@ -345,7 +353,8 @@ def _in_ram(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel may have none
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

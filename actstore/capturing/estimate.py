@@ -21,10 +21,11 @@ from typing import Any
 
 import psutil
 
-from actstore.capturing.bands import bands_bytes
+from actstore.capturing.bands import bands_bytes, n_bands
 from actstore.capturing.compact import compact
 from actstore.capturing.corpus import Corpus, Document, Texts, open_corpus
-from actstore.capturing.plan import Limits, Window, cut_corpus, make_plan, part_ends, part_rows
+from actstore.capturing.parts import part_ends, part_rows
+from actstore.capturing.plan import Limits, Window, cut_corpus, make_plan
 from actstore.capturing.run import (
     COMPACT_EVERY,
     Settings,
@@ -208,7 +209,7 @@ class _Segments:
         if part_ends(
             *(self.meta.segment_rows, part_rows(self._n_parts), self._part_rows),
             *(self._part_documents, n_segments, self._open_rows),
-            windows,
+            (window.rows for window in windows),
         ):
             self.close()
             self._part_rows = self._part_documents = 0
@@ -269,6 +270,9 @@ class _Probe:
             check_disk(store, bytes_needed(store, store.planned))
             worker = Worker(store, model, budget=budget)
             self._capture(store, worker)
+            n_spare, self.device_bytes = worker.n_spare, worker.device_bytes
+            """Bytes of the model's GPU, beyond the model."""
+            del worker  # as a capture does
             started = time.perf_counter()
             compact(store)
             self.compact_seconds = time.perf_counter() - started
@@ -279,9 +283,7 @@ class _Probe:
             n_planned = sum(s.rows[""] for s in store.planned.values())
             self.plan_bytes_per_row = plan_bytes / n_planned
             """Bytes of text and tokens, for a row."""
-        self.device_bytes = worker.device_bytes
-        """Bytes of the model's GPU, beyond the model."""
-        bands = bands_bytes(meta, worker.n_spare)
+        bands = bands_bytes(meta, n_bands(meta.sites, n_spare))
         folds = list_bytes(meta.sites, whole.segment_rows // meta.chunk_rows, meta.grams)
         computed = bands + folds + sampled_bytes(whole)
         # Memory that was used before and is free in this process does not show as growth.

@@ -197,7 +197,7 @@ class SiteLists(NamedTuple):
 
 
 class RunningLists:
-    """The merged lists of committed segments, in ascending order of segments.
+    """The merged lists of committed segments, all of them below the one that is captured.
 
     Only their values are held, as all their rows come before those of the segment that is captured:
     of two that tie the earlier is the better.  Memory: 12 bytes x k a neuron over all sites.

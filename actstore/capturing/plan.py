@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from actstore import durable
 from actstore.capturing.corpus import Corpus, Document
+from actstore.capturing.parts import part_ends, part_rows
 from actstore.capturing.shuffled import Shuffled
 from actstore.durable import FileFacts
 from actstore.errors import StoreMismatch
@@ -37,12 +38,6 @@ from actstore.models import Encoded, LanguageModel
 from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment, StoreMeta
 from actstore.store.budget import Progress
 from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKEN_GROUP, TOKENS, WINDOWS
-
-PART_ROWS = 1 << 20
-"""Rows that are wanted of a part; it ends with a document, see `part_ends`, or with the corpus."""
-
-FIRST_PART_ROWS = 1 << 16
-"""The same of the first part of a corpus; each next one may be twice as large, up to the above."""
 
 ORDERS = ("corpus", "shuffled")
 """Orders that documents can be planned in: as they come, or uniformly permuted."""
@@ -252,7 +247,7 @@ class _PartBuilder:
         return part_ends(
             *(self.store.meta.segment_rows, self.wanted_rows, self.n_rows, self.n_documents),
             *(n_segments, self._open_rows),
-            cut.windows,
+            (window.rows for window in cut.windows),
         )
 
     def add_document(self, cut: CutDocument) -> None:
@@ -477,48 +472,6 @@ def _next_part(store: CoreStore, n_before: int) -> _PartBuilder:
         sum(part.n_windows for part in store.parts),
         part_rows(n_before),
     )
-
-
-def part_rows(n_before: int) -> int:
-    """Return the rows that end a part, given how many parts of the same corpus there are."""
-    return min(PART_ROWS, FIRST_PART_ROWS << min(n_before, 32))
-
-
-def part_ends(
-    segment_rows: int,
-    wanted_rows: int,
-    n_rows: int,
-    n_documents: int,
-    n_segments: int,
-    open_rows: int,
-    windows: Iterable[Window],
-) -> bool:
-    """Return whether a part of so many rows, documents and segments ends before a document.
-
-    It ends when it has the rows that are wanted of it, or half of them and the document needs a
-    segment more than all of them do: a segment of a few rows costs as much as a long one.
-
-    Parameters
-    ----------
-    segment_rows : int
-        Most rows of a segment.
-    wanted_rows : int
-        Rows that are wanted of the part, see `part_rows`.
-    n_rows, n_documents, n_segments : int
-        What there is of it, the open segment counted.
-    open_rows : int
-        Rows of the open segment.
-    windows : iterable of Window
-        The document's.
-    """
-    # Documents count too: those without a token would fill the memory unseen.
-    if max(n_rows, n_documents) >= wanted_rows:
-        return True
-    for window in windows:
-        open_rows += window.rows
-        if open_rows > segment_rows:
-            n_segments, open_rows = n_segments + 1, window.rows
-    return 2 * n_rows > wanted_rows and n_segments > max(1, wanted_rows // segment_rows)
 
 
 def additions(parts: Sequence[Part]) -> list[list[Part]]:

@@ -2,7 +2,8 @@
 
 While the model runs over one part the next is tokenised and published; then the thread waits until
 the capture begins that one.  So the model never waits for text, a long corpus does not fill the
-disk with plan, and memory is that of one part.  What the parts are follows from the corpus alone.
+disk with plan, and memory is that of one part.  What the parts are follows from the corpus and the
+store (`actstore.capturing.parts`), not from the time that any of it takes.
 
 The thread holds the right to plan while it works.  Where another process holds it, the thread waits
 for it, and the capture goes on with what that process publishes.

@@ -118,7 +118,7 @@ def chunk_rows(
 
 
 def batch_rows(chunk: int, affordable_rows: int, context: int, sampled: float = 0.0) -> int:
-    """Return the tokens of a batch: 4,096, less where they and two bands would not fit."""
+    """Return the tokens of a batch: 4,096, less where they and two bands a site would not fit."""
     size = 4_096
     while size > context and size + (2 + sampled) * chunk > affordable_rows:
         size //= 2

@@ -19,10 +19,11 @@ from actstore.store.stored_rows import is_sample
 
 def sampled_bytes(meta: StoreMeta) -> int:
     """Return the bytes that `SampledBands` takes."""
-    return sum(_band_bytes(meta.layout(info)) for info in meta.sites if is_sample(info.keep))
+    return sum(band_bytes(meta.layout(info)) for info in meta.sites if is_sample(info.keep))
 
 
-def _band_bytes(layout: ShardLayout) -> int:
+def band_bytes(layout: ShardLayout) -> int:
+    """Return the bytes of a band in memory."""
     return layout.n_column_chunks * layout.chunk_bytes
 
 

@@ -18,11 +18,10 @@ import queue
 import threading
 import time
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +29,15 @@ import numpy.typing as npt
 import torch
 
 from actstore.capturing.allocator import freed_memory_kept, give_back, resident_bytes
-from actstore.capturing.bands import Band, DeviceBands, Folds, HostBands, bands_bytes, bands_of
+from actstore.capturing.bands import (
+    Band,
+    DeviceBands,
+    Folds,
+    HostBands,
+    bands_bytes,
+    bands_of,
+    n_bands,
+)
 from actstore.capturing.batches import Batch, batches
 from actstore.capturing.compact import compact, needs_compaction
 from actstore.capturing.lists import SAMPLE, TOPK, RunningLists, SiteLists, pack_site
@@ -46,8 +53,9 @@ from actstore.store.stored_rows import is_sample
 
 OnFault = Literal["error", "count"]
 
-# Per place of a running list: the value in the top, the bottom and the window list.
-_LIST_BYTES = 3 * 4
+# Per place of a running list, and of one that is taken in: the value in the top, the bottom and
+# the window list.
+_LIST_BYTES = 2 * 3 * 4
 # Segments whose states are held at a time.
 _UNDER_WAY = 2
 # Bands of a segment of 65,536 rows in chunks of 4,096.
@@ -132,9 +140,11 @@ class _SegmentWork:
     """What the rows of the batch under way must reach."""
     open_bands: dict[int, Band] = field(default_factory=dict)
     """The band that each site's next rows go to, by the place of the site."""
-    whole_bands: deque[tuple[int, int, Band]] = field(default_factory=deque)
-    """Bands whose rows are all there, to be folded: place of the site, number of the band."""
+    whole_bands: list[tuple[int, int, Band]] = field(default_factory=list)
+    """Bands whose rows are all there, to be folded: number of the band, which site."""
     filled: int = 0
+    is_through: bool = False
+    """Whether nothing is left to do but to write and to commit it."""
     abandoned: bool = False
 
 
@@ -164,18 +174,24 @@ def spare_bands(meta: StoreMeta, budget: int) -> int:
     BudgetExceeded
         If not even one fits.
     """
-    fewest = bands_bytes(meta, n_spare=1)
+
+    def needed(n_spare: int) -> int:
+        return beside + bands_bytes(meta, n_bands(meta.sites, n_spare))
+
     lists = list_bytes(meta.sites, meta.segment_rows // meta.chunk_rows, meta.grams)
-    beside = lists + sampled_bytes(meta)
-    if fewest + beside > budget:
+    # The model's own activations, of all layers at the most.
+    batch = meta.batch_tokens * meta.row_bytes
+    beside = lists + sampled_bytes(meta) + batch
+    if needed(1) > budget:
         raise BudgetExceeded(
-            f"capturing {len(meta.sites)} sites needs {(fewest + beside) / 1e6:,.0f} MB (bands of "
-            f"{meta.chunk_rows} rows, {fewest / 1e6:,.0f} MB, and the folds); the budget is "
-            f"{budget / 1e6:,.0f} MB. Give a larger budget= (--budget), or fewer sites= (--sites)."
+            f"capturing {len(meta.sites)} sites needs {needed(1) / 1e6:,.0f} MB (a batch of "
+            f"{meta.batch_tokens} tokens, {batch / 1e6:,.0f} MB, bands of {meta.chunk_rows} rows, "
+            f"{(needed(1) - beside) / 1e6:,.0f} MB, and the folds); the budget is "
+            f"{budget / 1e6:,.0f} MB. Give a larger budget= (--budget), a smaller batch_tokens= "
+            "(--batch-tokens), or fewer sites= (--sites)."
         )
-    # More spare bands than sites there never are.
-    numbers = range(2, len(meta.sites) + 1)
-    return 1 + bisect_right(numbers, budget - beside, key=partial(bands_bytes, meta))
+    # More than two for each site there never are.
+    return bisect_right(range(2 * len(meta.sites) + 1), budget, key=needed) - 1
 
 
 class Worker:
@@ -220,13 +236,15 @@ class Worker:
         self._on_overflow = on_overflow
         self._progress = progress
         self.timing = Timing()
-        self._most_bytes = resident_bytes() + budget
         self.n_spare = spare_bands(store.meta, budget)
+        """Bands of each kind beside one for each site."""
+        give_back()
+        self._most_bytes = resident_bytes() + budget
         self._bands = self._new_bands()
         # Bounded by the pools of bands: every one in it was taken from there.
         self._tasks: queue.Queue[_SegmentWork | _Folded | None] = queue.Queue()
         self._sampled = SampledBands(store.meta)
-        self._places_of = {info.site: place for place, info in enumerate(store.meta.sites)}
+        self._index_of = {info.site: place for place, info in enumerate(store.meta.sites)}
         self._failure: BaseException | None = None
         self._under_way: list[_SegmentWork] = []
         # A segment is captured while the one before is committed: so many states are in the budget.
@@ -265,9 +283,7 @@ class Worker:
         except BaseException:
             # What is whole is still committed; the segment that failed is not.
             for work in self._under_way:
-                work.abandoned = bool(
-                    work.filled < work.rows or work.open_bands or work.whole_bands
-                )
+                work.abandoned = not work.is_through
             raise
         finally:
             self._tasks.put(None)
@@ -291,7 +307,7 @@ class Worker:
 
     # -- the model's side ----------------------------------------------------------------------
 
-    def _place_in_model(self, place: int) -> tuple[int, int]:
+    def _order_in_model(self, place: int) -> tuple[int, int]:
         site = self._store.meta.sites[place].site
         return site.layer, site.hook_rank
 
@@ -328,12 +344,12 @@ class Worker:
             if self._progress:
                 self._progress("capture", self._rows_done + work.filled, self._rows_planned)
         number, n_rows = divmod(work.rows, self._store.meta.chunk_rows)
-        # In the order of the model, so that a fault is told where it began.
-        for place in sorted(work.open_bands, key=self._place_in_model):
+        for place in sorted(work.open_bands, key=self._order_in_model):
             work.open_bands[place].end_at(n_rows)
-            work.whole_bands.append((place, number, work.open_bands.pop(place)))
+            work.whole_bands.append((number, place, work.open_bands.pop(place)))
         self._fold_all(work)
         self._rows_done += work.rows
+        work.is_through = True
         self._tasks.put(work)
         return work.rows
 
@@ -360,17 +376,19 @@ class Worker:
 
     def _look_at_lists(self, work: _SegmentWork) -> None:
         """Take the thresholds of the segments that are committed below one by now."""
+        started = time.perf_counter()
         with self._lists_lock:
             self._lists.advance(work.segment)
-            work.relied_on = [s for s in self._lists.relied_on if s < work.segment]
-            work.thresholds = self._lists.thresholds() if work.relied_on else {}
+            work.relied_on = list(self._lists.relied_on)
+            work.thresholds = self._lists.thresholds()
+        self.timing.folds += time.perf_counter() - started
 
     def _forward(self, work: _SegmentWork, batch: Batch) -> None:
         timing, size = self.timing, self._store.meta.chunk_rows
         started, beside = time.perf_counter(), timing.folds + timing.waiting
 
         def sink(site: Site, values: torch.Tensor) -> None:
-            place, row = self._places_of[site], work.filled
+            place, row = self._index_of[site], work.filled
             for rows in self._bands.stored(batch, values):
                 while len(rows):
                     number, offset = divmod(row, size)
@@ -378,7 +396,7 @@ class Worker:
                     self._band(work, place).put(offset, some)
                     rows, row = rows[len(some) :], row + len(some)
                     if row % size == 0:
-                        work.whole_bands.append((place, number, work.open_bands.pop(place)))
+                        work.whole_bands.append((number, place, work.open_bands.pop(place)))
 
         self._model.forward(batch.input_ids, batch.lengths, self._store.sites, sink)
         self._fold_all(work)
@@ -398,10 +416,13 @@ class Worker:
 
     def _fold_all(self, work: _SegmentWork) -> None:
         """Fold the bands whose rows are all there, and hand them to the writer."""
-        while work.whole_bands:
-            self._fold(work, *work.whole_bands.popleft())
+        whole, work.whole_bands = work.whole_bands, []
+        # Band by band; the sites stay in the order of the model, so that a fault is told where it
+        # began.
+        for number, place, band in sorted(whole, key=itemgetter(0)):
+            self._fold(work, number, place, band)
 
-    def _fold(self, work: _SegmentWork, place: int, number: int, band: Band) -> None:
+    def _fold(self, work: _SegmentWork, number: int, place: int, band: Band) -> None:
         started = time.perf_counter()
         info = self._store.meta.sites[place]
         first = number * self._store.meta.chunk_rows

@@ -24,7 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 from actstore import durable
-from actstore.capturing import plan, run
+from actstore.capturing import parts, run
 from actstore.models import LanguageModel, load
 from tests.captured import DOCUMENTS, capture
 from tests.toys import toy_model
@@ -35,7 +35,7 @@ STEPS = ("sync_file", "publish", "create", "replace")
 def main() -> None:
     """Answer requests until standard input ends."""
     torch.set_num_threads(1)
-    plan.PART_ROWS = 150
+    parts.PART_ROWS = 150
     run.COMPACT_EVERY = 3
     model = load(*toy_model("bert", n_layers=1, hidden=16, ffn=16))
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import actstore
-from actstore.capturing import Limits, plan
+from actstore.capturing import Limits, parts, plan
 from actstore.cli import main
 from actstore.errors import CorpusError, StoreMismatch
 from actstore.models import LanguageModel
@@ -161,7 +161,7 @@ def test_an_unfinished_corpus_comes_first(
     toy_capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While documents of the last corpus are not planned, others cannot be put behind them."""
-    monkeypatch.setattr(plan, "PART_ROWS", 150)
+    monkeypatch.setattr(parts, "PART_ROWS", 150)
     publish = CoreStore.publish_part
 
     def fail(store: CoreStore, part: Any) -> None:

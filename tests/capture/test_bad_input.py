@@ -403,7 +403,7 @@ def test_a_budget_that_holds_no_band(toy_bert: LanguageModel, tmp_path: Path) ->
     """What the fewest bands take is named beside the budget."""
     refused(
         BudgetExceeded,
-        r"needs [\d,]+ MB \(bands of 4096 rows, .* the budget is 67 MB",
+        r"needs [\d,]+ MB \(a batch of 4096 tokens, .* bands of 4096 rows, .* the budget is 67 MB",
         lambda: capture(
             load(*toy_model("bert", n_layers=12, hidden=256, ffn=1024)),
             [TEXT * 9],

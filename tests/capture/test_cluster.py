@@ -48,7 +48,7 @@ SETTINGS = Settings(context=24, batch_tokens=96)
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
     with small_segments(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actstore.capturing.plan.PART_ROWS", 150)
+        patch.setattr("actstore.capturing.parts.PART_ROWS", 150)
         yield
 
 
@@ -386,9 +386,9 @@ def test_a_share_of_a_temporary_store_is_refused(go: Go) -> None:
 _SHARE = """
 import sys, torch
 from tests.captured import DOCUMENTS, small_segments
-from actstore.capturing import Settings, plan, run_capture
+from actstore.capturing import Settings, parts, run_capture
 torch.set_num_threads(1)
-plan.PART_ROWS = 150
+parts.PART_ROWS = 150
 print("ready", flush=True)
 sys.stdin.readline()
 with small_segments():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actstore.capturing import Limits, Settings, plan, run_capture, run_estimate
+from actstore.capturing import Limits, Settings, parts, run_capture, run_estimate
 from actstore.capturing.corpus import open_corpus
 from actstore.capturing.estimate import _PeakMemory, _Segments
 from actstore.capturing.plan import cut_corpus
@@ -53,7 +53,7 @@ def test_bytes_are_those_of_what_is_kept(
     keep: Any, toy_bert: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a sample to the byte; and small parts of the plan end segments as they do in a capture."""
-    monkeypatch.setattr(plan, "FIRST_PART_ROWS", 100)
+    monkeypatch.setattr(parts, "FIRST_PART_ROWS", 100)
     with small_segments():
         found = run_estimate(
             toy_bert, DOCUMENTS, tmp_path / "store", settings=Settings(context=24, keep=keep)

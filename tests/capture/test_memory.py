@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actstore.capturing import run
 from actstore.capturing.worker import Worker
 from actstore.store import CoreStore
 from tests.captured import Captured
@@ -125,3 +127,25 @@ def test_a_commit_that_fails_stops_the_model_and_leaves_the_worker_usable(
 
     store.refresh()
     assert set(store.committed) == set(store.planned)
+
+
+def test_an_index_is_made_without_the_worker(
+    toy_capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bands and lists of the capture are gone before the index takes memory."""
+    workers: list[weakref.ref[Worker]] = []
+    init, real = Worker.__init__, run.compact
+    alive: list[bool] = []
+
+    def noting(self: Worker, *args: Any, **options: Any) -> None:
+        workers.append(weakref.ref(self))
+        init(self, *args, **options)
+
+    def compacting(*args: Any, **options: Any) -> Any:
+        alive.extend(worker() is not None for worker in workers)
+        return real(*args, **options)
+
+    monkeypatch.setattr(Worker, "__init__", noting)
+    monkeypatch.setattr(run, "compact", compacting)
+    toy_capture()
+    assert alive == [False]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import actstore
-from actstore.capturing import Limits, plan, shuffled
+from actstore.capturing import Limits, parts, shuffled
 from actstore.capturing.corpus import Document, open_corpus
 from actstore.capturing.shuffled import Shuffled
 from actstore.errors import ArgumentError, CorpusError, StoreMismatch
@@ -130,7 +130,7 @@ def test_a_stopped_capture_goes_on_in_the_same_order(
     toy_capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without reading the corpus again, once all of it was dealt."""
-    monkeypatch.setattr(plan, "PART_ROWS", 150)
+    monkeypatch.setattr(parts, "PART_ROWS", 150)
     whole = toy_capture(Counted(), "whole", order="shuffled").store
     publish = CoreStore.publish_part
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import actstore
-from actstore.capturing import Limits, Settings, plan, run_capture
+from actstore.capturing import Limits, Settings, parts, plan, run_capture
 from actstore.capturing.corpus import Corpus, Texts, open_corpus
 from actstore.capturing.run import new_meta
 from actstore.errors import CorpusError, StoreMismatch
@@ -86,7 +86,7 @@ def test_every_token_is_planned_once(
     documents = words(lengths)
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(plan, "PART_ROWS", part_rows),
+        mock.patch.object(parts, "PART_ROWS", part_rows),
     ):
         store = make(
             Path(folder), model, Texts(list(open_corpus(documents))), rows,
@@ -172,9 +172,8 @@ def test_a_part_ends_where_its_segments_are_full(
     n_rows: int, n_documents: int, n_segments: int, open_rows: int, lengths: list[int], ends: bool
 ) -> None:
     """Of 200 wanted rows in segments of 100: a document does not begin a third of a few rows."""
-    windows = [mock.Mock(rows=rows) for rows in lengths]
     facts = (n_rows, n_documents, n_segments, open_rows)
-    assert plan.part_ends(100, 200, *facts, windows) is ends
+    assert parts.part_ends(100, 200, *facts, lengths) is ends
 
 
 @given(stop=st.integers(0, 6), **CASES)
@@ -201,7 +200,7 @@ def test_an_interrupted_plan_goes_on_where_it_was(
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(plan, "PART_ROWS", min(part_rows, 30)),
+        mock.patch.object(parts, "PART_ROWS", min(part_rows, 30)),
     ):
         whole = make(Path(folder, "whole"), model, corpus, rows, **settings)
         with mock.patch.object(CoreStore, "publish_part", stopping):

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from actstore.capturing import Limits, Settings, plan, run_capture
+from actstore.capturing import Limits, Settings, parts, run_capture
 from actstore.capturing.corpus import open_corpus
 from actstore.capturing.plan import make_plan
 from actstore.capturing.run import open_or_create
@@ -37,7 +37,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_parts() -> Iterator[None]:
-    with mock.patch.multiple(plan, PART_ROWS=300, FIRST_PART_ROWS=100):
+    with mock.patch.multiple(parts, PART_ROWS=300, FIRST_PART_ROWS=100):
         yield
 
 

@@ -305,7 +305,7 @@ def test_small_parts_and_one_part_plan_alike(
 ) -> None:
     """Where parts end decides where segments end, and nothing else."""
     whole = toy_capture(name="whole").store
-    monkeypatch.setattr("actstore.capturing.plan.PART_ROWS", 40)
+    monkeypatch.setattr("actstore.capturing.parts.PART_ROWS", 40)
     with small_segments():
         parts = toy_capture(name="parts").store
     assert len(parts.parts) > 3
