@@ -56,6 +56,9 @@ OnFault = Literal["error", "count"]
 # Per place of a running list, and of one that is taken in: the value in the top, the bottom and
 # the window list.
 _LIST_BYTES = 2 * 3 * 4
+# Of the budget that a capture may grow into before free memory is given back: it is looked at after
+# a batch, which has gone further meanwhile.
+_KEPT_SHARE = 7 / 8
 # Segments whose states are held at a time.
 _UNDER_WAY = 2
 # Bands of a segment of 65,536 rows in chunks of 4,096.
@@ -239,7 +242,7 @@ class Worker:
         self.n_spare = spare_bands(store.meta, budget)
         """Bands of each kind beside one for each site."""
         give_back()
-        self._most_bytes = resident_bytes() + budget
+        self._most_bytes = resident_bytes() + int(_KEPT_SHARE * budget)
         self._bands = self._new_bands()
         # Bounded by the pools of bands: every one in it was taken from there.
         self._tasks: queue.Queue[_SegmentWork | _Folded | None] = queue.Queue()
