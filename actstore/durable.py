@@ -15,7 +15,7 @@ import mmap
 import os
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -396,6 +396,13 @@ def write_table(path: Path, table: pa.Table, row_group_rows: int = ROW_GROUP_ROW
     writer = TableWriter(path, table.schema, row_group_rows)
     writer.write(table)
     return writer.finish()
+
+
+def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return a Parquet table, or some columns of it."""
+    # `pyarrow.parquet.read_table` imports Arrow's datasets, and these import pandas.
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> FileFacts:

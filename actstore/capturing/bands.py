@@ -2,8 +2,8 @@
 
 A *band* is `chunk_rows` rows of one site in the order the shard will have.  The hooks cast and
 re-lay activations straight into it, so each value is touched once between the model and what comes
-of it.  There are a band for each site, which the next batch may have to go on with, and some more
-that wait for the folds or for the disk.  Where a band lies follows from where the model runs:
+of it.  Each site has a band, which the next batch may have to go on with; some more wait for the
+folds or for the disk.  Where a band lies follows from where the model runs:
 
 - `HostBands`: the model runs on the CPU.  Its bands are folded there, and the writer thread gets
   the very same ones.

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actstore import arrow
 from actstore.models import LanguageModel
 from actstore.store import CoreStore
 
@@ -83,7 +84,7 @@ class Batch:
 def batches(store: CoreStore, model: LanguageModel, segment: int) -> Iterator[Batch]:
     """Yield the batches of a segment; at most `batch_tokens` tokens each, padding counted."""
     windows = store.windows(segment).to_pylist()
-    ids = store.tokens(segment).column("token_id").to_numpy()
+    ids = arrow.numbers(store.tokens(segment).column("token_id"))
     first = segment * store.meta.segment_rows
     start = 0
     while start < len(windows):

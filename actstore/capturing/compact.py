@@ -17,9 +17,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.capturing.lists import (
     EXEMPLARS,
     SAMPLE,
@@ -202,15 +201,19 @@ def _neurons(info: SiteInfo, merged: dict[str, Any]) -> pa.Table:
     }
     return pa.table(
         {
-            "site": pa.repeat(str(site), info.width),
-            "space": pa.repeat(site.space, info.width),
-            "hook": pa.repeat(site.hook, info.width),
-            "layer": pa.repeat(pa.scalar(site.layer, pa.int32()), info.width),
-            "neuron": pa.array(np.arange(info.width), pa.int32()),
+            "site": _same(str(site), info.width),
+            "space": _same(site.space, info.width),
+            "hook": _same(site.hook, info.width),
+            "layer": arrow.column(np.full(info.width, site.layer, np.int32)),
+            "neuron": arrow.column(np.arange(info.width, dtype=np.int32)),
             # What no value defines is null: readers believe Parquet's minima, which leave NaN out.
-            **{name: pa.array(column, from_pandas=True) for name, column in statistics.items()},
+            **{name: arrow.column(x, is_null=np.isnan(x)) for name, x in statistics.items()},
         }
     )
+
+
+def _same(text: str, n: int) -> pa.Array:
+    return arrow.column([text] * n).cast(pa.string())
 
 
 class _GenerationWriter:
@@ -273,11 +276,11 @@ def _histograms(state: HistogramState) -> pa.Table:
     low, high = bin_edges()
     return pa.table(
         {
-            "neuron": pa.array(neurons, pa.int32()),
-            "bin": pa.array(bins, pa.int32()),
-            "low": low[bins],
-            "high": high[bins],
-            "n": state.counts[neurons, bins],
+            "neuron": arrow.column(neurons.astype(np.int32)),
+            "bin": arrow.column(bins.astype(np.int32)),
+            "low": arrow.column(low[bins]),
+            "high": arrow.column(high[bins]),
+            "n": arrow.column(state.counts[neurons, bins]),
         }
     )
 
@@ -292,17 +295,17 @@ def _tokens(
 
     Only rows of new segments are looked up, so compaction does not read the whole token index.
     """
-    known = EXEMPLARS.empty_table().select(["row_id", *_COLUMNS])
+    known = arrow.empty(EXEMPLARS).select(["row_id", *_COLUMNS])
     if base is not None:
         name = f"{base.folder}/{exemplars_name(info.site)}"
-        known = pq.read_table(store.path / name, columns=["row_id", *_COLUMNS])
-    known_ids, places = np.unique(known.column("row_id").to_numpy(), return_index=True)
+        known = durable.read_table(store.path / name, columns=["row_id", *_COLUMNS])
+    known_ids, places = np.unique(arrow.numbers(known.column("row_id")), return_index=True)
     new_ids = np.setdiff1d(row_ids, known_ids, assume_unique=True)
     new = store.tokens_of(new_ids, info.site.space).select(_COLUMNS)
-    both = pa.concat_tables([known.select(_COLUMNS).take(places), new])
+    both = pa.concat_tables([arrow.take(known.select(_COLUMNS), places), new])
     order = np.argsort(np.concatenate([known_ids, new_ids]))
     all_ids = np.concatenate([known_ids, new_ids])[order]
-    return both.take(order[np.searchsorted(all_ids, row_ids)])
+    return arrow.take(both, order[np.searchsorted(all_ids, row_ids)])
 
 
 def _exemplars(
@@ -320,19 +323,20 @@ def _exemplars(
     row_ids = np.stack([ranked.row_ids for ranked in sides.values()], axis=1)[taken]
     values = np.stack([ranked.values for ranked in sides.values()], axis=1)[taken]
     # A row stands in many lists: hashing finds the different ones in half the time of sorting.
-    encoded = pa.array(row_ids).dictionary_encode()
-    unique = encoded.dictionary.to_numpy()
+    encoded = arrow.column(row_ids).dictionary_encode()
+    unique = arrow.numbers(encoded.dictionary)
     rank = np.empty(len(unique), np.int64)
     rank[np.argsort(unique)] = np.arange(len(unique))
-    tokens = _tokens(store, base, info, np.sort(unique)).take(rank[encoded.indices.to_numpy()])
-    return pa.table(
+    tokens = _tokens(store, base, info, np.sort(unique))
+    tokens = arrow.take(tokens, rank[arrow.numbers(encoded.indices)])
+    return arrow.table(
         {
-            "neuron": pa.array(neurons, pa.int32()),
-            "side": pa.array(list(sides)).take(pa.array(numbers)),
-            "rank": pa.array(places + 1, pa.int32()),
+            "neuron": neurons,
+            "side": arrow.column(list(sides)).take(arrow.column(numbers)),
+            "rank": places + 1,
             "row_id": row_ids,
             "value": values,
             **{name: tokens.column(name) for name in _COLUMNS},
         },
-        schema=EXEMPLARS,
+        EXEMPLARS,
     )

@@ -270,7 +270,8 @@ class _Probe:
             check_disk(store, bytes_needed(store, store.planned))
             worker = Worker(store, model, budget=budget)
             self._capture(store, worker)
-            n_spare, self.device_bytes = worker.n_spare, worker.device_bytes
+            n_spare = worker.n_spare
+            self.device_bytes = worker.device_bytes
             """Bytes of the model's GPU, beyond the model."""
             del worker  # as a capture does
             started = time.perf_counter()

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.compiled import compiled
 from actstore.errors import DamagedFile
 from actstore.folds import FOLDS, Sample, TopK
@@ -137,9 +136,10 @@ class GenerationReader:
         """Return a state of a site; of lists use `lists`, which reads their table once."""
         site = info.site
         if state == "histogram":
-            table = pq.read_table(self._path(site_file(site, "histograms", "histograms.parquet")))
+            name = site_file(site, "histograms", "histograms.parquet")
+            table = durable.read_table(self._path(name))
             found: HistogramState = FOLDS["histogram"].start(info.width)
-            neurons, bins, n = (table.column(c).to_numpy() for c in ("neuron", "bin", "n"))
+            neurons, bins, n = (arrow.numbers(table.column(c)) for c in ("neuron", "bin", "n"))
             found.counts[neurons, bins] = n
             return found
         if state == "zones":
@@ -163,11 +163,12 @@ class GenerationReader:
 
     def lists(self, info: SiteInfo) -> dict[str, Ranked]:
         """Return the lists of a site by their side."""
-        table = pq.read_table(self._path(exemplars_name(info.site)))
-        sides = table.column("side").to_numpy(zero_copy_only=False)
-        neurons = table.column("neuron").to_numpy()
-        ranks = table.column("rank").to_numpy() - 1
-        row_ids, values = table.column("row_id").to_numpy(), table.column("value").to_numpy()
+        table = durable.read_table(self._path(exemplars_name(info.site)))
+        encoded = table.column("side").combine_chunks().dictionary_encode()
+        sides = np.array(encoded.dictionary.to_pylist(), np.str_)[arrow.numbers(encoded.indices)]
+        neurons = arrow.numbers(table.column("neuron"))
+        ranks = arrow.numbers(table.column("rank")) - 1
+        row_ids, values = (arrow.numbers(table.column(name)) for name in ("row_id", "value"))
         lists = {}
         for side in ("top", "bottom", "window"):
             mine = sides == side

@@ -16,7 +16,7 @@ FIRST_PART_ROWS = 1 << 16
 
 
 def part_rows(n_before: int) -> int:
-    """Return the rows that end a part, given how many parts of the same corpus there are."""
+    """Return the rows wanted of a part, given how many parts of the same corpus there are."""
     return min(PART_ROWS, FIRST_PART_ROWS << min(n_before, 32))
 
 

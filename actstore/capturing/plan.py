@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.capturing.corpus import Corpus, Document
 from actstore.capturing.parts import part_ends, part_rows
 from actstore.capturing.shuffled import Shuffled
@@ -37,7 +37,14 @@ from actstore.errors import StoreMismatch
 from actstore.models import Encoded, LanguageModel
 from actstore.store import FIRST, SPECIAL, CoreStore, Part, Segment, StoreMeta
 from actstore.store.budget import Progress
-from actstore.store.tables import DOCUMENT_GROUP, DOCUMENTS, TOKEN_GROUP, TOKENS, WINDOWS
+from actstore.store.tables import (
+    DOCUMENT_GROUP,
+    DOCUMENTS,
+    TOKEN_GROUP,
+    TOKENS,
+    VOCABULARY,
+    WINDOWS,
+)
 
 ORDERS = ("corpus", "shuffled")
 """Orders that documents can be planned in: as they come, or uniformly permuted."""
@@ -194,7 +201,7 @@ class _TableFile:
         durable.make_folder(path.parent)
         self._writer = durable.TableWriter(path, schema, group_rows)
         self._group_rows = group_rows
-        self._waiting = [schema.empty_table()]
+        self._waiting = [arrow.empty(schema)]
         self._n_waiting = self._n_written = 0
 
     def add(self, table: pa.Table) -> None:
@@ -259,13 +266,13 @@ class _PartBuilder:
         # What was not tokenised is not part of the store's text.
         text = cut.document.text
         row = {
-            "document": cut.number,
-            "source": cut.document.plain_source(),
-            "n_tokens": n_tokens,
-            "text": text if n_tokens == cut.n_encoded else text[:last_char],
-            "metadata": cut.document.metadata_json(),
+            "document": np.array([cut.number]),
+            "source": [cut.document.plain_source()],
+            "n_tokens": np.array([n_tokens]),
+            "text": [text if n_tokens == cut.n_encoded else text[:last_char]],
+            "metadata": [cut.document.metadata_json()],
         }
-        self._file("documents").add(pa.Table.from_pylist([row], schema=DOCUMENTS))
+        self._file("documents").add(arrow.table(row, DOCUMENTS))
         self.n_documents += 1
 
     def add_window(self, window: Window) -> None:
@@ -286,7 +293,7 @@ class _PartBuilder:
         window_ids = np.arange(first_id, first_id + len(windows))
         documents = np.array([w.document for w in windows])
         self._file("tokens").add(
-            pa.table(
+            arrow.table(
                 {
                     "row_id": first_rows[0] + np.arange(self._open_rows),
                     "document": np.repeat(documents, rows),
@@ -296,25 +303,24 @@ class _PartBuilder:
                         name: np.concatenate([w.columns[name] for w in windows])
                         for name in windows[0].columns
                     },
-                }
+                },
+                TOKENS,
             )
-            .select(TOKENS.names)
-            .cast(TOKENS)
         )
         self._windows.append(
-            pa.table(
+            arrow.table(
                 {
                     "space": [""] * len(windows),
-                    "segment": [number] * len(windows),
+                    "segment": np.full(len(windows), number),
                     "window_id": window_ids,
                     "document": documents,
-                    "first_token": [w.first_token for w in windows],
-                    "context_tokens": [len(w.context_ids) for w in windows],
-                    "context_ids": [w.context_ids for w in windows],
+                    "first_token": np.array([w.first_token for w in windows]),
+                    "context_tokens": np.array([len(w.context_ids) for w in windows]),
+                    "context_ids": arrow.lists([w.context_ids for w in windows]),
                     "first_row": first_rows,
                     "rows": rows,
                 },
-                schema=WINDOWS,
+                WINDOWS,
             )
         )
         self.segments.append(Segment(number, self.part, {"": self._open_rows}))
@@ -323,7 +329,7 @@ class _PartBuilder:
 
     def publish(self, complete: bool, corpus: Mapping[str, Any]) -> None:
         self.close_segment()
-        self._file("windows").add(pa.concat_tables([WINDOWS.empty_table(), *self._windows]))
+        self._file("windows").add(pa.concat_tables([arrow.empty(WINDOWS), *self._windows]))
         # All of them are there, if only without a row.
         files = {self._name(kind): self._file(kind).finish() for kind in _TABLES}
         self.store.publish_part(self._part(complete, corpus, files))
@@ -541,7 +547,8 @@ def _short(value: Any) -> str:
 
 def _vocabulary(model: LanguageModel) -> pa.Table:
     token_ids, texts, pieces = model.vocabulary()
-    return pa.table({"token_id": pa.array(token_ids, pa.int32()), "text": texts, "piece": pieces})
+    columns = {"token_id": np.asarray(token_ids), "text": texts, "piece": pieces}
+    return arrow.table(columns, VOCABULARY)
 
 
 def encode_documents(

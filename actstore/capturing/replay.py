@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actstore import arrow
 from actstore.capturing.batches import Batch
 from actstore.counted import counted
 from actstore.errors import BudgetExceeded, ModelError, SiteNotFound, StoreMismatch
@@ -137,8 +138,8 @@ def windows_of(store: CoreStore, row_ids: npt.NDArray[np.int64]) -> list[Window]
         if ids.max() - segment * store.meta.segment_rows >= store.planned[segment].rows[""]:
             store.check_row(int(ids.max()))
         table = store.windows(segment)
-        places = np.searchsorted(table.column("first_row").to_numpy(), ids, side="right") - 1
-        found += table.take(np.unique(places)).to_pylist()
+        places = np.searchsorted(arrow.numbers(table.column("first_row")), ids, side="right") - 1
+        found += arrow.take(table, np.unique(places)).to_pylist()
     return found
 
 
@@ -158,7 +159,7 @@ def run_windows(
     for chosen in _batched(windows, most):
         rows = [np.arange(w["first_row"], w["first_row"] + w["rows"]) for w in chosen]
         ends = np.cumsum([len(ids) for ids in rows])[:-1]
-        ids = store.tokens_of(np.concatenate(rows)).column("token_id").to_numpy()
+        ids = arrow.numbers(store.tokens_of(np.concatenate(rows)).column("token_id"))
         batch = Batch.of(chosen, np.split(ids, ends), model)
         found = _run(model, batch, infos)
         pieces = {site: np.split(values, ends) for site, values in found.items()}

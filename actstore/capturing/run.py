@@ -50,7 +50,7 @@ DEFAULT_SITES = ("mlp_post", "resid_pre.0", "resid_post")
 DTYPES = ("auto", "float16", "float32", "bfloat16")
 
 _LEAST_ROWS = 4_096
-_SEGMENT_BANDS = 16
+_SEGMENT_BANDS = 32
 _PROBE_TOKENS = 1024
 _FLOAT16_SAFE = 1000.0
 _DEFAULT_CONTEXT = 512
@@ -221,7 +221,7 @@ def new_meta(model: LanguageModel, corpus: Corpus, settings: Settings, budget: i
     grams: tuple[str, ...] = ()
     if settings.grams:
         grams = tuple(str(site) for site in select(settings.grams, wanted, "what is captured"))
-    affordable_rows = max(0, budget - list_bytes(infos, grams=grams)) // row_bytes
+    affordable_rows = max(0, budget - list_bytes(infos, _SEGMENT_BANDS, grams)) // row_bytes
     sampled = sum(info.row_bytes for info in infos if is_sample(info.keep)) / row_bytes
     chunk = chunk_rows(rows, affordable_rows, corpus.text_bytes(), sampled)
     # Zones of all bands of a segment are held: of low bands a segment has no more than it needs.

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.capturing.corpus import Corpus, Document
 from actstore.errors import DamagedFile
 
@@ -121,7 +121,7 @@ class Shuffled:
                 shutil.rmtree(deeper)
             else:
                 table = pa.Table.from_batches(_batches(path), _SCHEMA)
-                keys, numbers = (table.column(name).to_numpy() for name in ("key", "number"))
+                keys, numbers = (arrow.numbers(table.column(name)) for name in ("key", "number"))
                 for place in np.lexsort((numbers, keys)):
                     yield table.slice(place, 1).to_pylist()[0]
 

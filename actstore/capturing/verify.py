@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from actstore import arrow
 from actstore.capturing.lists import TOPK
 from actstore.capturing.plan import cut_windows
 from actstore.capturing.replay import Values, Window, run_windows, windows_of
@@ -256,7 +257,7 @@ class _Lists:
         table = _read(store, generation, site_file(info.site, *_EXEMPLARS))
         sides = table.column("side").to_numpy(zero_copy_only=False)
         ranks, neurons, values, ids = (
-            table.column(column).to_numpy() for column in ("rank", "neuron", "value", "row_id")
+            arrow.numbers(table.column(column)) for column in ("rank", "neuron", "value", "row_id")
         )
         self.last = {}
         for side, open_end in (("top", -np.inf), ("window", -np.inf), ("bottom", np.inf)):
@@ -268,7 +269,7 @@ class _Lists:
         order = mine[np.argsort(ids[mine], kind="stable")]
         self.row_ids, self.neurons = ids[order], neurons[order]
         self.values, self.sides = values[order], sides[order]
-        self.tokens = table.select(_EXEMPLAR_TOKENS).take(order)
+        self.tokens = arrow.take(table.select(_EXEMPLAR_TOKENS), order)
 
     def of(self, row_ids: Ids) -> slice:
         """Return where the exemplars of consecutive rows are."""
@@ -289,7 +290,7 @@ def run_verify(
     windows = _choose(store, n_rows, rng)
     found = _Findings()
     tokens = _check_tokens(store, model, windows, found)
-    row_ids = tokens.column("row_id").to_numpy()
+    row_ids = arrow.numbers(tokens.column("row_id"))
     generation = store.index()
     infos = store.meta.sites
     lists = {}
@@ -297,7 +298,7 @@ def run_verify(
         for info in infos:
             lists[info.site] = _Lists(store, generation, info, row_ids)
             _check_exemplar_tokens(store, info.site, lists[info.site], found)
-    flags = tokens.column("flags").to_numpy()
+    flags = arrow.numbers(tokens.column("flags"))
     covered = np.isin(row_ids // store.meta.segment_rows, generation.covers if generation else ())
     listed = covered & ((flags & (SPECIAL | FIRST)) == 0)
     within = TOLERANCE[str(store.meta.model["dtype"])]
@@ -406,7 +407,7 @@ def _check_tokens(
             }
             for name in table.column_names:
                 if name in computed:
-                    stored = table.column(name).to_numpy()
+                    stored = arrow.numbers(table.column(name))
                     wrong = stored != computed[name]
                     found.note_where(wrong, name, None, row_ids, None, stored, computed[name])
             if not np.array_equal(window["context_ids"], new.context_ids):
@@ -484,7 +485,7 @@ def _check_exemplar_tokens(store: CoreStore, site: Site, lists: _Lists, found: _
     """Compare what the index says of the tokens of exemplars with the token table."""
     tokens = store.tokens_of(lists.row_ids)
     for name in _EXEMPLAR_TOKENS:
-        stored, actual = (t.column(name).to_numpy() for t in (lists.tokens, tokens))
+        stored, actual = (arrow.numbers(t.column(name)) for t in (lists.tokens, tokens))
         found.note_where(
             stored != actual,
             f"{name} of an exemplar",
@@ -510,9 +511,9 @@ def _check_columns(
     states = [(moments.start(1), TOPK.start(1), TOPK.start(1)) for _ in columns]
     for segment in generation.covers if columns else ():
         tokens = store.tokens(segment)
-        content = (tokens.column("flags").to_numpy() & (SPECIAL | FIRST)) == 0
+        content = (arrow.numbers(tokens.column("flags")) & (SPECIAL | FIRST)) == 0
         row_ids, windows = (
-            tokens.column(name).to_numpy()[content] for name in ("row_id", "window_id")
+            arrow.numbers(tokens.column(name))[content] for name in ("row_id", "window_id")
         )
         for i, (info, neuron) in enumerate(columns):
             values = store.read_column(info, segment, neuron)[content]

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actstore import arrow
 from actstore.capturing.allocator import freed_memory_kept, give_back, resident_bytes
 from actstore.capturing.bands import (
     Band,
@@ -61,8 +62,6 @@ _LIST_BYTES = 2 * 3 * 4
 _KEPT_SHARE = 7 / 8
 # Segments whose states are held at a time.
 _UNDER_WAY = 2
-# Bands of a segment of 65,536 rows in chunks of 4,096.
-_USUAL_BANDS = 16
 # A wait that is less than this part of the time is no bottleneck.
 _WAITING_SHARE = 0.1
 
@@ -142,18 +141,16 @@ class _SegmentWork:
     thresholds: Mapping[Site, SiteThresholds] = field(default_factory=dict)
     """What the rows of the batch under way must reach."""
     open_bands: dict[int, Band] = field(default_factory=dict)
-    """The band that each site's next rows go to, by the place of the site."""
+    """The band that each site's next rows go to, by the index of the site."""
     whole_bands: list[tuple[int, int, Band]] = field(default_factory=list)
-    """Bands whose rows are all there, to be folded: number of the band, which site."""
+    """Bands whose rows are all there, to be folded: number of the band, index of the site."""
     filled: int = 0
     is_through: bool = False
     """Whether nothing is left to do but to write and to commit it."""
     abandoned: bool = False
 
 
-def list_bytes(
-    infos: Iterable[SiteInfo], n_bands: int = _USUAL_BANDS, grams: Collection[str] = ()
-) -> int:
+def list_bytes(infos: Iterable[SiteInfo], n_bands: int, grams: Collection[str]) -> int:
     """Return the bytes the folds of some sites take during a capture.
 
     They are the states of two segments under way, of `n_bands` bands each, and the running lists;
@@ -247,7 +244,7 @@ class Worker:
         # Bounded by the pools of bands: every one in it was taken from there.
         self._tasks: queue.Queue[_SegmentWork | _Folded | None] = queue.Queue()
         self._sampled = SampledBands(store.meta)
-        self._index_of = {info.site: place for place, info in enumerate(store.meta.sites)}
+        self._index_of = {info.site: i for i, info in enumerate(store.meta.sites)}
         self._failure: BaseException | None = None
         self._under_way: list[_SegmentWork] = []
         # A segment is captured while the one before is committed: so many states are in the budget.
@@ -276,14 +273,14 @@ class Worker:
         writer = threading.Thread(target=self._write_all, name="actstore-writer", daemon=True)
         writer.start()
         rows = 0
-        interrupted = True
+        interrupted = False
         try:
             with freed_memory_kept(self._most_bytes) as keep_within:
                 for segment in sorted(segments):
                     self._check_writer()
                     rows += self._capture(segment, keep_within)
-            interrupted = False
         except BaseException:
+            interrupted = True
             # What is whole is still committed; the segment that failed is not.
             for work in self._under_way:
                 work.abandoned = not work.is_through
@@ -310,8 +307,8 @@ class Worker:
 
     # -- the model's side ----------------------------------------------------------------------
 
-    def _order_in_model(self, place: int) -> tuple[int, int]:
-        site = self._store.meta.sites[place].site
+    def _order_in_model(self, index: int) -> tuple[int, int]:
+        site = self._store.meta.sites[index].site
         return site.layer, site.hook_rank
 
     def _begin(self, segment: int) -> _SegmentWork | None:
@@ -326,9 +323,9 @@ class Worker:
             leave.close()
             return None
         tokens = store.tokens(segment)
-        flags = tokens.column("flags").to_numpy()
+        flags = arrow.numbers(tokens.column("flags"))
         content = (flags & (SPECIAL | FIRST)) == 0
-        windows = tokens.column("window_id").to_numpy()[content]
+        windows = arrow.numbers(tokens.column("window_id"))[content]
         folds = self._bands.start_folds(segment * store.meta.segment_rows)
         rows = np.flatnonzero(content), np.flatnonzero(~content)
         return _SegmentWork(segment, writer, folds, *rows, windows, len(flags), [], leave)
@@ -347,9 +344,9 @@ class Worker:
             if self._progress:
                 self._progress("capture", self._rows_done + work.filled, self._rows_planned)
         number, n_rows = divmod(work.rows, self._store.meta.chunk_rows)
-        for place in sorted(work.open_bands, key=self._order_in_model):
-            work.open_bands[place].end_at(n_rows)
-            work.whole_bands.append((number, place, work.open_bands.pop(place)))
+        for index in sorted(work.open_bands, key=self._order_in_model):
+            work.open_bands[index].end_at(n_rows)
+            work.whole_bands.append((number, index, work.open_bands.pop(index)))
         self._fold_all(work)
         self._rows_done += work.rows
         work.is_through = True
@@ -391,15 +388,15 @@ class Worker:
         started, beside = time.perf_counter(), timing.folds + timing.waiting
 
         def sink(site: Site, values: torch.Tensor) -> None:
-            place, row = self._index_of[site], work.filled
+            index, row = self._index_of[site], work.filled
             for rows in self._bands.stored(batch, values):
                 while len(rows):
                     number, offset = divmod(row, size)
                     some = rows[: size - offset]
-                    self._band(work, place).put(offset, some)
+                    self._band(work, index).put(offset, some)
                     rows, row = rows[len(some) :], row + len(some)
                     if row % size == 0:
-                        work.whole_bands.append((number, place, work.open_bands.pop(place)))
+                        work.whole_bands.append((number, index, work.open_bands.pop(index)))
 
         self._model.forward(batch.input_ids, batch.lengths, self._store.sites, sink)
         self._fold_all(work)
@@ -408,26 +405,26 @@ class Worker:
         timing.n_padding += batch.input_ids.numel() - sum(batch.lengths)
         timing.forward += time.perf_counter() - started - (timing.folds + timing.waiting - beside)
 
-    def _band(self, work: _SegmentWork, place: int) -> Band:
+    def _band(self, work: _SegmentWork, index: int) -> Band:
         """Return the band that the next rows of a site go to."""
-        if place not in work.open_bands:
-            info = self._store.meta.sites[place]
+        if index not in work.open_bands:
+            info = self._store.meta.sites[index]
             if not self._bands.has_free(info):
                 self._fold_all(work)
-            work.open_bands[place] = self._bands.take(info, self._wait)
-        return work.open_bands[place]
+            work.open_bands[index] = self._bands.take(info, self._wait)
+        return work.open_bands[index]
 
     def _fold_all(self, work: _SegmentWork) -> None:
         """Fold the bands whose rows are all there, and hand them to the writer."""
         whole, work.whole_bands = work.whole_bands, []
         # Band by band; the sites stay in the order of the model, so that a fault is told where it
         # began.
-        for number, place, band in sorted(whole, key=itemgetter(0)):
-            self._fold(work, number, place, band)
+        for number, index, band in sorted(whole, key=itemgetter(0)):
+            self._fold(work, number, index, band)
 
-    def _fold(self, work: _SegmentWork, number: int, place: int, band: Band) -> None:
+    def _fold(self, work: _SegmentWork, number: int, index: int, band: Band) -> None:
         started = time.perf_counter()
-        info = self._store.meta.sites[place]
+        info = self._store.meta.sites[index]
         first = number * self._store.meta.chunk_rows
         stop = first + self._store.meta.chunk_rows
         content, others = (
@@ -437,11 +434,11 @@ class Worker:
         at = int(np.searchsorted(work.content, first))
         windows = work.windows[at : at + len(content)]
         n_nan, n_overflow = work.folds.update(
-            *(place, self._bands.values(band), content, others, windows),
+            *(index, self._bands.values(band), content, others, windows),
             *(first, work.thresholds.get(info.site)),
         )
         if (n_nan and self._on_nan == "error") or (n_overflow and self._on_overflow == "error"):
-            raise self._fault(work, place, info, "NaN" if n_nan else "overflow")
+            raise self._fault(work, index, info, "NaN" if n_nan else "overflow")
         self.timing.folds += time.perf_counter() - started
         if info.keep:
             passed = self._bands.pass_on(info, band, self._wait)

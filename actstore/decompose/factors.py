@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actstore import arrow
 from actstore.errors import ArgumentError, RowNotFound
 from actstore.folds import TopK
 from actstore.site import Site, summarize
@@ -365,7 +366,7 @@ class Factors:
 
     def _with_text(self, table: pa.Table) -> pa.Table:
         """Return a table with the text of its token types."""
-        texts = self.store.texts_of(table.column("token_id").to_numpy())
+        texts = self.store.texts_of(arrow.numbers(table.column("token_id")))
         return table.append_column("token", texts)
 
     def _of_factor(self, name: str, factor: int) -> pa.Table:

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
+from actstore import arrow
 from actstore.decompose.factors import Factors
 from actstore.decompose.linear import LINEAR_KINDS, Linear
 from actstore.decompose.matrix import Matrix
@@ -55,7 +56,7 @@ class Projection:
         """Return one row a token: what it is, and its scores, ``factor_0`` and so on."""
         names = ["row_id", "document", "position", "token_id"]
         table = self.store.tokens_of(self.row_ids, self.space).select(names)
-        texts = self.store.texts_of(table.column("token_id").to_numpy())
+        texts = self.store.texts_of(arrow.numbers(table.column("token_id")))
         table = table.append_column("token", texts)
         for j, column in enumerate(self.scores.T):
             table = table.append_column(f"factor_{j}", pa.array(column))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore import arrow
 from actstore.folds import Histogram, Moments, Sample, TopK, WindowTop
 from actstore.folds.cpu import BandFolds, state_bytes
 from actstore.folds.histogram import bin_edges
@@ -169,7 +170,7 @@ class ScoreFolds:
         order = np.lexsort((joined[2], joined[1], joined[0]))
         factor, number, rank, row_ids, values, bins = (column[order] for column in joined)
         rows, which = np.unique(row_ids, return_inverse=True)
-        tokens = self._store.tokens_of(rows, self._space).take(which)
+        tokens = arrow.take(self._store.tokens_of(rows, self._space), which)
         names = pa.DictionaryArray.from_arrays(number.astype(np.int32), pa.array(sides))
         return pa.table(
             {

@@ -33,6 +33,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actstore import arrow
 from actstore.decompose import Factors
 from actstore.errors import ArgumentError
 from actstore.exporting.files import new_file, written_aside
@@ -331,7 +332,7 @@ def _column_of_factor(factors: Factors, factor: int) -> Column:
 
     def side(name: str) -> tuple[Ids, Values]:
         of = exemplars.filter(pc.equal(exemplars.column("side"), name)).sort_by("rank")
-        return of.column("row_id").to_numpy(), of.column("value").to_numpy()
+        return arrow.numbers(of.column("row_id")), arrow.numbers(of.column("value"))
 
     exemplars, bins = rows_of("factor_exemplars"), rows_of("factor_histograms")
     (row,) = rows_of("factors").to_pylist()
@@ -339,7 +340,7 @@ def _column_of_factor(factors: Factors, factor: int) -> Column:
     ascending = np.argsort(row_ids)
     return Column(
         statistics_of({**row, "share_positive": row["active_share"]}),
-        bins_of(*(bins.column(c).to_numpy() for c in ("low", "high", "n"))),
+        bins_of(*(arrow.numbers(bins.column(c)) for c in ("low", "high", "n"))),
         side("window"),
         side("bottom"),
         (row_ids[ascending], values[ascending]),

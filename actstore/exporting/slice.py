@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actstore import arrow
 from actstore.errors import ArgumentError, BudgetExceeded, NotEnoughDisk
 from actstore.exporting.files import new_file, written_aside
 from actstore.shard import DTYPES, RowStack
@@ -217,7 +218,7 @@ class _Parquet:
             pa.array(block.row_ids),
             tokens.column("document"),
             tokens.column("position"),
-            self._store.texts_of(tokens.column("token_id").to_numpy()),
+            self._store.texts_of(arrow.numbers(tokens.column("token_id"))),
         ]
         for values in block.values.values():
             if values.dtype == DTYPES["bfloat16"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -123,15 +124,16 @@ class BandFolds:
         self._n_threads = n_threads or _n_cpus()
         # Its threads end with this object; none start before the first band.
         self._pool = ThreadPoolExecutor(self._n_threads) if self._n_threads > 1 else None
-        self._sites = [
-            _Site(width, dtype, k, sample or Sample(), i in gram_sites)
+        self._begin = [
+            partial(_Site, width, dtype, k, sample or Sample(), i in gram_sites)
             for i, (width, dtype) in enumerate(zip(widths, dtypes, strict=True))
         ]
+        self._sites: dict[int, _Site] = {}
 
     @property
     def n_bytes(self) -> int:
         """Bytes the running state takes once every page of it was touched."""
-        return sum(array.nbytes for site in self._sites for array in site.arrays())
+        return sum(array.nbytes for site in self._sites.values() for array in site.arrays())
 
     def update(
         self,
@@ -176,6 +178,8 @@ class BandFolds:
         ArgumentError
             If the band's shape, dtype or layout, or the rows, are not as described.
         """
+        if site_index not in self._sites:
+            self._sites[site_index] = self._begin[site_index]()
         site = self._sites[site_index]
         where = f"site_index = {site_index}"
         bits = site.bits_of(band, where)
@@ -225,8 +229,8 @@ class BandFolds:
         return faults
 
     def finish(self, site_index: int) -> SiteFolds:
-        """Return what the segment adds to the folds of one site; the running state stays."""
-        site = self._sites[site_index]
+        """Return what the segment adds to the folds of one site, and let its running state go."""
+        site = self._sites.pop(site_index, None) or self._begin[site_index]()
         return SiteFolds(
             moments=_moments(site.content),
             moments_others=_moments(site.others),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from actstore import arrow
 from actstore.errors import ArgumentError, QueryError
 from actstore.query.database import Database
 from actstore.query.gate import admit
@@ -71,7 +72,7 @@ class Condition:
             f"AND tokens.space = '{self._space}' "
             f"AND NOT special AND NOT first AND ({self.text}\n)"
         )
-        ids: Ids = self._database.sql(query).to_arrow().column("row_id").to_numpy()
+        ids: Ids = arrow.numbers(self._database.sql(query).to_arrow().column("row_id"))
         return ids
 
     def met_by(self, row_ids: Ids) -> npt.NDArray[np.bool_]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from actstore import arrow
 from actstore.store import FIRST, SPECIAL, CoreStore
 
 Ids = npt.NDArray[np.int64]
@@ -61,7 +62,7 @@ def contexts(
         mine = row_ids[row_ids // store.meta.segment_rows == segment]
         store.check_row(int(mine.max()), space)
         table = store.tokens(segment, space)
-        columns = {name: table.column(name).to_numpy() for name in table.column_names}
+        columns = {name: arrow.numbers(table.column(name)) for name in table.column_names}
         content = (columns["flags"] & (SPECIAL | FIRST)) == 0
         for place in np.unique(mine - first).tolist():
             usable = (columns["window_id"] == columns["window_id"][place]) & content

@@ -21,6 +21,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from actstore import arrow
 from actstore.errors import ActstoreError, ArgumentError, BudgetExceeded, QueryError
 from actstore.query.answer import Answer
 from actstore.query.columns import Activations
@@ -132,7 +133,7 @@ class Database:
                     cursor.register(name, columns[-1])
                 else:
                     means.append((name, self._means(*arguments)))
-                    cursor.register(name, means[-1][1].schema.empty_table())
+                    cursor.register(name, arrow.empty(means[-1][1].schema))
             if means:
                 # A pass is made for a query that can run, and for none that only explains itself.
                 cursor.execute(f"EXPLAIN {statement.text}", dict(values) or None).fetchall()
@@ -349,7 +350,7 @@ class _SnippetFunction:
         wanted = zip(before.to_pylist(), after.to_pylist(), spaces.to_pylist(), strict=True)
         for place, key in enumerate(wanted):
             calls.setdefault(key, []).append(place)
-        ids = row_ids.to_numpy()
+        ids = arrow.numbers(row_ids)
         try:
             for (n_before, n_after, space), places in calls.items():
                 found = snippets(store, ids[places], n_before, n_after, space)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actstore import arrow
 from actstore.errors import ArgumentError, BudgetExceeded, QueryError
 from actstore.query.schema import TOKENS_AND_DOCUMENTS
 from actstore.store import CoreStore, SiteInfo
@@ -115,7 +116,7 @@ class Means:
                 f"SELECT row_id, ({self._key}\n) AS key {TOKENS_AND_DOCUMENTS} {self._where} "
                 f"AND row_id >= {stretch[0] * size} AND row_id < {(stretch[-1] + 1) * size}"
             )
-            row_ids = found.column("row_id").to_numpy()
+            row_ids = arrow.numbers(found.column("row_id"))
             codes = _codes(found.column("key"), self.keys, self._key)
             order = np.argsort(row_ids, kind="stable")
             row_ids, codes = row_ids[order], codes[order]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.errors import ArgumentError
 from actstore.folds import Gram, Sample
 from actstore.query.database import Database
@@ -130,7 +130,7 @@ class NeuronIndex:
         sample = Sample().from_arrays({"row_ids": row_ids, "values": column})
         return Column(
             statistics_of(row),
-            bins_of(*(bins.column(c).to_numpy() for c in ("low", "high", "n"))),
+            bins_of(*(arrow.numbers(bins.column(c)) for c in ("low", "high", "n"))),
             _list(lists, "window"),
             _list(lists, "bottom"),
             valid_sample(sample),
@@ -277,4 +277,4 @@ class NeuronIndex:
 
 def _list(lists: pa.Table, side: str) -> tuple[Ids, Values]:
     mine = lists.filter(pc.equal(lists.column("side"), side))
-    return mine.column("row_id").to_numpy(), mine.column("value").to_numpy()
+    return arrow.numbers(mine.column("row_id")), arrow.numbers(mine.column("value"))

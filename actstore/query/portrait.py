@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actstore import arrow
 from actstore.folds import Sample
 from actstore.folds.sample import SampleState, quantile_rows
 from actstore.query.content_context import contexts
@@ -159,7 +160,7 @@ def _listed(group: str, row_ids: Ids, values: Values) -> list[Exemplar]:
 
 def first_of_windows(store: CoreStore, row_ids: Ids, space: str) -> Ids:
     """Return the places of the rows that are the first of their window in a list."""
-    windows = store.tokens_of(row_ids, space).column("window_id").to_numpy()
+    windows = arrow.numbers(store.tokens_of(row_ids, space).column("window_id"))
     return np.sort(np.unique(windows, return_index=True)[1])
 
 

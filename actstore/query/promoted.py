@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actstore import arrow
 from actstore.site import Site
 from actstore.store import CoreStore
 
@@ -128,5 +129,5 @@ def _used(store: CoreStore, n_tokens: int) -> npt.NDArray[np.int64]:
     """Return the ids of the tokens that are in the vocabulary and have a logit, ascending."""
     vocabulary = store.vocabulary
     named = vocabulary.filter(pc.greater(pc.binary_length(vocabulary.column("piece")), 0))
-    ids = np.sort(named.column("token_id").to_numpy()).astype(np.int64)
+    ids = np.sort(arrow.numbers(named.column("token_id"))).astype(np.int64)
     return ids[ids < n_tokens]

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.errors import (
     ArgumentError,
     DamagedFile,
@@ -400,14 +400,16 @@ class CoreStore(Facts):
         ]
         back = np.empty(len(order), dtype=np.int64)
         back[order] = np.arange(len(order))
-        return pa.concat_tables(pieces).take(back) if pieces else TOKENS.empty_table()
+        return arrow.take(pa.concat_tables(pieces), back) if pieces else arrow.empty(TOKENS)
 
     def windows(self, segment: int) -> pa.Table:
         """Return the windows of a planned segment, in row order."""
         part = self.parts[self.planned[segment].part]
         name = part.file("windows")
         self.verifier.check({name: part.files[name]})
-        return pa.parquet.read_table(self.path / name, filters=[("segment", "=", segment)])
+        table = durable.read_table(self.path / name)
+        segments = arrow.numbers(table.column("segment"))
+        return arrow.take(table, np.flatnonzero(segments == segment))
 
     def document(self, document: int) -> dict[str, Any]:
         """Return a document: number, source, n_tokens, text and metadata (JSON)."""

@@ -16,9 +16,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.durable import FileFacts, Verifier
 from actstore.errors import DamagedFile, StoreNotFound
 from actstore.store.meta import Commit, Part, Segment, StoreMeta
@@ -195,19 +194,19 @@ class Facts:
     def vocabulary(self) -> pa.Table:
         """The token types: token_id, text, piece."""
         self.verifier.check(self.vocabulary_files())
-        return pq.read_table(self.path / "vocabulary.parquet")
+        return durable.read_table(self.path / "vocabulary.parquet")
 
     def texts_of(self, token_ids: npt.NDArray[np.integer[Any]]) -> pa.Array:
         """Return the texts of token types, in their order; null where there is no such type."""
         known, texts = self._texts
         places = np.minimum(np.searchsorted(known, token_ids), len(known) - 1)
-        found: pa.Array = texts.take(pa.array(places, mask=known[places] != token_ids))
+        found: pa.Array = texts.take(arrow.column(places, is_null=known[places] != token_ids))
         return found
 
     @cached_property
     def _texts(self) -> tuple[npt.NDArray[np.int32], pa.Array]:
         vocabulary = self.vocabulary.sort_by("token_id").combine_chunks()
-        return vocabulary["token_id"].to_numpy(), vocabulary["text"].combine_chunks()
+        return arrow.numbers(vocabulary["token_id"]), vocabulary["text"].combine_chunks()
 
     # -- commits -------------------------------------------------------------------------------
 

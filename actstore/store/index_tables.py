@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.durable import FileFacts, Verifier
 from actstore.store.generations import Generation, site_file, space_file
 from actstore.store.meta import SiteInfo
@@ -102,7 +102,7 @@ class IndexTables:
             table = self._table(name, generation.files)
             found = _rows_of(table, neuron, ["neuron", "side", "rank", *facts])
         found = found.filter(pa.compute.equal(found["side"], side)).sort_by("rank")
-        row_ids, values, documents, positions, token_ids = (found[f].to_numpy() for f in facts)
+        row_ids, values, documents, positions, token_ids = (arrow.numbers(found[f]) for f in facts)
         return IndexList(row_ids, values, documents, positions, token_ids, table.longest)
 
     def lists_hold(self, generation: Generation, info: SiteInfo, neuron: int, n: int) -> bool:
@@ -178,4 +178,4 @@ def _rows_of(table: _Table, neuron: int, columns: list[str]) -> pa.Table:
         if low <= neuron <= high
     ]
     found = table.file.read_row_groups(groups, columns=columns, use_threads=False)
-    return found.take(np.flatnonzero(found["neuron"].to_numpy() == neuron))
+    return arrow.take(found, np.flatnonzero(arrow.numbers(found["neuron"]) == neuron))

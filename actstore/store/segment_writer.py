@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from actstore import durable
+from actstore import arrow, durable
 from actstore.durable import FileFacts
 from actstore.errors import StoreMismatch
 from actstore.shard import ShardWriter
@@ -79,7 +79,7 @@ class SegmentWriter:
         name = sample_name(space, info.keep, number)
         if name not in self._samples:
             meta = self._store.meta
-            flags = self._store.tokens(number, space).column("flags").to_numpy()
+            flags = arrow.numbers(self._store.tokens(number, space).column("flags"))
             content = np.flatnonzero((flags & (SPECIAL | FIRST)) == 0)
             first = number * meta.segment_rows
             self._samples[name] = sample(content, first, info.keep, meta.sample_seed)

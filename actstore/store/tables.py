@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actstore import arrow
 from actstore.durable import Verifier
 from actstore.errors import RowNotFound
 from actstore.store.rows import stretches
@@ -201,7 +202,7 @@ class TokenTables(_GroupReader):
         if missing:
             group = file.read_row_group(number, columns=missing, use_threads=False)
             for name in missing:
-                values = group.column(name).to_numpy()
+                values = arrow.numbers(group.column(name))
                 self._columns[key, number, name] = values
                 self._column_bytes += values.nbytes
         found = []
@@ -221,10 +222,10 @@ class TokenTables(_GroupReader):
             if firsts[number] >= stop:
                 break
             group = self.group(part, number, space)
-            ids = group.column(0).to_numpy()
+            ids = arrow.numbers(group.column(0))
             low, high = np.searchsorted(ids, [start, stop])
             pieces.append(group.slice(low, high - low))
-        return pa.concat_tables(pieces) if pieces else TOKENS.empty_table()
+        return pa.concat_tables(pieces) if pieces else arrow.empty(TOKENS)
 
     def rows(self, part: Part, row_ids: npt.NDArray[np.int64], space: str = "") -> pa.Table:
         """Return the tokens of the given row_ids of a part, in their order.
@@ -242,7 +243,7 @@ class TokenTables(_GroupReader):
         for number in np.unique(numbers):
             mine = wanted[numbers == number]
             group = self.group(part, int(max(number, 0)), space)
-            ids = group.column(0).to_numpy()
+            ids = arrow.numbers(group.column(0))
             places = np.minimum(np.searchsorted(ids, mine), len(ids) - 1)
             if number < 0 or (ids[places] != mine).any():
                 missing = mine[ids[places] != mine]
@@ -250,10 +251,10 @@ class TokenTables(_GroupReader):
                     f"row_id = {int(missing[0] if len(missing) else mine[0])} is a hole: no token "
                     "was planned there. Row ids come from the `tokens` view or from `top`."
                 )
-            pieces.append(group.take(places))
+            pieces.append(arrow.take(group, places))
         back = np.empty(len(order), dtype=np.int64)
         back[order] = np.arange(len(order))
-        return pa.concat_tables(pieces).take(back) if pieces else TOKENS.empty_table()
+        return arrow.take(pa.concat_tables(pieces), back) if pieces else arrow.empty(TOKENS)
 
 
 class DocumentTables(_GroupReader):

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from actstore import arrow
 from actstore.errors import ArgumentError, RowNotFound
 from actstore.store import SPECIAL, CoreStore
 from actstore.view.cut import cut
@@ -93,7 +94,7 @@ def choose(
                 f"max_documents = {max_documents} was given; expected at least 1. Use `documents` "
                 "to name the ones to show."
             )
-        held = np.unique(windows.column("document").to_numpy())
+        held = np.unique(arrow.numbers(windows.column("document")))
         places = np.linspace(0, len(held) - 1, min(max_documents, len(held))).round()
         return [int(document) for document in held[places.astype(np.int64)]]
     chosen = [int(d) for d in np.unique(np.atleast_1d(np.asarray(documents, dtype=np.int64)))]
@@ -120,10 +121,10 @@ def read(
     spans = zip(mine.column("first_row").to_pylist(), mine.column("rows").to_pylist(), strict=True)
     ids = [np.arange(first, first + rows, dtype=np.int64) for first, rows in spans]
     tokens = store.tokens_of(np.concatenate(ids) if ids else np.empty(0, np.int64), space)
-    special = (tokens.column("flags").to_numpy() & SPECIAL) != 0
+    special = (arrow.numbers(tokens.column("flags")) & SPECIAL) != 0
     tokens = tokens.filter(pa.array(~special)).sort_by("doc_position").slice(0, max_tokens)
-    starts = tokens.column("char_start").to_numpy().astype(np.int64)
-    ends = tokens.column("char_end").to_numpy().astype(np.int64)
+    starts = arrow.numbers(tokens.column("char_start")).astype(np.int64)
+    ends = arrow.numbers(tokens.column("char_end")).astype(np.int64)
     text = str(stored["text"])
     if tokens.num_rows == max_tokens:
         text = text[: int(ends.max())]
@@ -133,7 +134,7 @@ def read(
         str(stored["source"]),
         text,
         int(stored["n_tokens"]),
-        tokens.column("row_id").to_numpy(),
+        arrow.numbers(tokens.column("row_id")),
         _cuts(text, starts, ends),
     )
 

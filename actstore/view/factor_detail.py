@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from actstore import arrow
 from actstore.decompose import Factors
 from actstore.query import snippets
 from actstore.store import CoreStore
@@ -227,7 +228,7 @@ def _exemplars(store: CoreStore, factors: Factors, space: str) -> list[dict[str,
         words[row["factor"]].setdefault(word.strip().lower() or word, word.strip() or word)
     few = pc.less_equal(table.column("rank"), _EXEMPLARS)
     shown = table.filter(pc.or_(few, pc.equal(table.column("side"), "quantile")))
-    texts = snippets(store, shown.column("row_id").to_numpy(), space=space)
+    texts = snippets(store, arrow.numbers(shown.column("row_id")), space=space)
     groups: list[dict[str, list[Any]]] = [{} for _ in range(factors.n_components)]
     for row, text in zip(shown.to_pylist(), texts, strict=True):
         groups[row["factor"]].setdefault(row["side"], []).append(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from actstore import arrow
 from actstore.counted import counted
 from actstore.decompose import Factors
 from actstore.query import Answer
@@ -65,7 +66,7 @@ def factor_table(factors: Factors) -> Answer:
     """Return one row a factor: its share, neurons, where it lies and what it responds to."""
     types = factors.table("factor_tokens")
     types = types.filter(pa.compute.less_equal(types.column("rank"), _TOKENS))
-    texts = factors.store.texts_of(types.column("token_id").to_numpy()).to_pylist()
+    texts = factors.store.texts_of(arrow.numbers(types.column("token_id"))).to_pylist()
     tokens: list[list[str]] = [[] for _ in range(factors.n_components)]
     for factor, token_id, text in zip(
         types.column("factor").to_pylist(), types.column("token_id").to_pylist(), texts, strict=True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from actstore import arrow
 from actstore.counted import counted
 from actstore.decompose import Factors
 from actstore.errors import ArgumentError, RowNotFound
@@ -100,7 +101,7 @@ def factor_view(
             entry["promoted"] = written[entry["factor"]]
     name = store.meta.model.get("name", str(store.path))
     title = f"{counted(factors.n_components, 'factor')} of {name}"
-    n_held = len(np.unique(windows.column("document").to_numpy()))
+    n_held = len(np.unique(arrow.numbers(windows.column("document"))))
     note = f"{len(shown):,} of {n_held:,}{'' if documents is not None else ', spread evenly'}"
     return View(
         title,

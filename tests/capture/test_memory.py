@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -86,7 +87,11 @@ def test_slow_commits_hold_the_model_back(
 def test_a_commit_that_fails_stops_the_model_and_leaves_the_worker_usable(
     toy_capture: Callable[..., Captured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No further segment is begun, though none waits for a band; and the next run gets through."""
+    """No further segment is begun, though none waits for a band; and the next run gets through.
+
+    Nor does one that is interrupted keep the bands that the model held: without them the next would
+    wait for ever.
+    """
     whole = toy_capture(keep="none")
     path = tmp_path / "again"
     shutil.copytree(whole.store.path, path)
@@ -123,8 +128,11 @@ def test_a_commit_that_fails_stops_the_model_and_leaves_the_worker_usable(
             with pytest.raises(KeyboardInterrupt):
                 worker.run(store.planned)
     monkeypatch.setattr(Worker, "_commit", commit)
-    worker.run(store.planned)
+    last = threading.Thread(target=worker.run, args=[store.planned], daemon=True)
+    last.start()
+    last.join(60)
 
+    assert not last.is_alive()
     store.refresh()
     assert set(store.committed) == set(store.planned)
 

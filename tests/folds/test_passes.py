@@ -523,18 +523,6 @@ def test_windows_end_anywhere(make_folds: MakeFolds, first_rows: list[int]) -> N
     assert got.counts.tolist() == [len(first_rows) + 1] * 5
 
 
-def test_looking_at_the_result_changes_nothing(make_folds: MakeFolds) -> None:
-    """`finish` in the middle of a window leaves the window open."""
-    block = np.float32([[5.0], [1.0], [7.0], [2.0]])
-    folds = make_folds([1], ["float32"], first_row_id=0, k=3)
-    seen = []
-    for i, band in enumerate(to_bands(block, 1, 1)):
-        folds.update(0, band, np.arange(1), np.arange(0), np.array([i // 3]), i)
-        found = folds.finish(0).window_top
-        seen.append(found.values[0, : found.counts[0]].tolist())
-    assert seen == [[5], [5], [7], [7, 2]]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grams_are_those_of_float64(make_folds: MakeFolds, dtype: str) -> None:
     """Products in float32 give the float64 Gram to 3e-5, though half of a column lies 1,000 off.
@@ -567,14 +555,18 @@ def test_nothing_seen_gives_the_state_of_no_rows(make_folds: MakeFolds) -> None:
 
 
 def test_sites_are_apart(make_folds: MakeFolds) -> None:
-    """Each site has its own width, dtype and state."""
+    """Each site has its own width, dtype and state, which go when it is finished."""
     folds = make_folds([3, 2], ["float16", "bfloat16"], first_row_id=0, k=2)
+    assert folds.n_bytes == 0
     band, rows = np.ones((1, 8, 2), DTYPES["bfloat16"]), np.arange(8)
     folds.update(1, band, rows, np.arange(0), rows)
-    assert folds.finish(0).moments.n.tolist() == [0, 0, 0]
-    assert folds.finish(0).topk.top.counts.tolist() == [0, 0, 0]
+    held = folds.n_bytes
+    without = folds.finish(0)
+    assert without.moments.n.tolist() == [0, 0, 0]
+    assert without.topk.top.counts.tolist() == [0, 0, 0]
+    assert folds.n_bytes == held > 0
     assert folds.finish(1).moments.n.tolist() == [8, 8]
-    assert folds.n_bytes > 0
+    assert folds.n_bytes == 0
 
 
 @pytest.mark.parametrize(("dtype", "with_gram"), [("float16", False), ("float32", True)])

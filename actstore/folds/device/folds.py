@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -145,16 +145,19 @@ class DeviceFolds:
             (dtype, width): to_device(_bin_table(dtype) * np.int32(width), device)
             for width, dtype in zip(widths, dtypes, strict=True)
         }
-        self._sites = [
-            _Site(width, dtype, k, sample or Sample(), i in gram_sites, tables[dtype, width])
+        self._begin = [
+            partial(
+                _Site, width, dtype, k, sample or Sample(), i in gram_sites, tables[dtype, width]
+            )
             for i, (width, dtype) in enumerate(zip(widths, dtypes, strict=True))
         ]
+        self._sites: dict[int, _Site] = {}
         self._cut: tuple[BandRows, Pieces] | None = None
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the device that the running state takes."""
-        return sum(tensor.nbytes for site in self._sites for tensor in site.tensors())
+        return sum(tensor.nbytes for site in self._sites.values() for tensor in site.tensors())
 
     def update(
         self,
@@ -191,6 +194,8 @@ class DeviceFolds:
         ArgumentError
             If the band's shape, dtype or layout, or the rows, are not as described.
         """
+        if site_index not in self._sites:
+            self._sites[site_index] = self._begin[site_index]()
         site = self._sites[site_index]
         where = f"site_index = {site_index}"
         view = site.view(band, where)
@@ -209,7 +214,7 @@ class DeviceFolds:
         return self._cut[1]
 
     def finish(self, site_index: int) -> SiteFolds:
-        """Return what the segment adds to the folds of one site; the running state stays.
+        """Return what the segment adds to the folds of one site, and let its running state go.
 
         Waits for the device.
         """
@@ -217,7 +222,8 @@ class DeviceFolds:
         if self._stream is not None:
             ordered = torch.cuda.stream(self._stream)
         with ordered:
-            return self._sites[site_index].finish(self.first_row_id)
+            site = self._sites.pop(site_index, None) or self._begin[site_index]()
+            return site.finish(self.first_row_id)
 
 
 def state_bytes(

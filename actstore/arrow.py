@@ -1,0 +1,108 @@
+"""Between Arrow and NumPy without pandas.
+
+`pyarrow.array` and `to_numpy` ask if what they get is an object of pandas, or shall become one, and
+import pandas to ask: 0.3 s and 30 MB of a process that may never see one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Values: TypeAlias = npt.NDArray[Any] | Sequence[str] | pa.Array | pa.ChunkedArray
+"""Numbers, texts, or an Arrow column as it is."""
+
+
+def numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Return a column of numbers as NumPy, to be read only; without a copy if it has one chunk.
+
+    Raises
+    ------
+    pyarrow.ArrowTypeError
+        If a value is null, or the values are no numbers.
+
+    Examples
+    --------
+    >>> numbers(pa.chunked_array([[1, 2], [3]]))
+    array([1, 2, 3])
+    """
+    if isinstance(column, pa.ChunkedArray):
+        if not column.num_chunks:
+            return np.empty(0, column.type.to_pandas_dtype())
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    found: npt.NDArray[Any] = np.from_dlpack(column)
+    return found
+
+
+def column(values: Values, is_null: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+    """Return values as an Arrow column, numbers without a copy.
+
+    Parameters
+    ----------
+    values : array of numbers, sequence of str, pyarrow.Array or pyarrow.ChunkedArray
+        One dimension; the last two are returned as they are.
+    is_null : bool array, optional
+        Which numbers are null.
+
+    Examples
+    --------
+    >>> column(np.array([1, 2, 3]), is_null=np.array([False, True, False])).to_pylist()
+    [1, None, 3]
+    >>> column(["ä", ""]).to_pylist()
+    ['ä', '']
+    """
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    valid = None if is_null is None else pa.py_buffer(np.packbits(~is_null, bitorder="little"))
+    if isinstance(values, np.ndarray):
+        numbers = pa.py_buffer(np.ascontiguousarray(values))
+        type_ = pa.from_numpy_dtype(values.dtype)
+        return pa.Array.from_buffers(type_, len(values), [valid, numbers])
+    encoded = [text.encode() for text in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    texts = [valid, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.large_string(), len(encoded), texts)
+
+
+def table(columns: Mapping[str, Values], schema: pa.Schema) -> pa.Table:
+    """Return a table, its columns in the schema's order and cast to its types.
+
+    Raises
+    ------
+    pyarrow.ArrowInvalid
+        If a value does not fit into its column's type.
+
+    Examples
+    --------
+    >>> schema = pa.schema([("token_id", pa.int32()), ("text", pa.string())])
+    >>> table({"text": ["a", "b"], "token_id": np.array([7, 9])}, schema).to_pylist()
+    [{'token_id': 7, 'text': 'a'}, {'token_id': 9, 'text': 'b'}]
+    """
+    arrays = [column(columns[field.name]).cast(field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def lists(values: Sequence[npt.NDArray[Any]]) -> pa.Array:
+    """Return arrays of numbers as a column of lists; one at least.
+
+    Examples
+    --------
+    >>> lists([np.array([1, 2]), np.array([], int)]).to_pylist()
+    [[1, 2], []]
+    """
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
+    return pa.LargeListArray.from_arrays(column(ends), column(np.concatenate(values)))
+
+
+def empty(schema: pa.Schema) -> pa.Table:
+    """Return a table without a row."""
+    return pa.Table.from_batches([], schema)
+
+
+def take(table: pa.Table, rows: npt.NDArray[np.integer[Any]]) -> pa.Table:
+    """Return some rows of a table, in their order."""
+    return table.take(column(rows))
