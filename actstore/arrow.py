@@ -38,6 +38,21 @@ def numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
     return found
 
 
+def names(column: pa.ChunkedArray) -> npt.NDArray[np.str_]:
+    """Return a column of few different texts, none of them null, as NumPy.
+
+    Examples
+    --------
+    >>> names(pa.chunked_array([["top", "bottom"], ["top"]]))
+    array(['top', 'bottom', 'top'], dtype='<U6')
+    """
+    if not column.num_chunks:
+        return np.empty(0, np.str_)
+    encoded = column.combine_chunks().dictionary_encode()
+    found = np.array(encoded.dictionary.to_pylist(), np.str_)
+    return np.asarray(found[numbers(encoded.indices)])
+
+
 def column(values: Values, is_null: npt.NDArray[np.bool_] | None = None) -> pa.Array:
     """Return values as an Arrow column, numbers without a copy.
 

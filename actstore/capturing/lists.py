@@ -164,8 +164,7 @@ class GenerationReader:
     def lists(self, info: SiteInfo) -> dict[str, Ranked]:
         """Return the lists of a site by their side."""
         table = durable.read_table(self._path(exemplars_name(info.site)))
-        encoded = table.column("side").combine_chunks().dictionary_encode()
-        sides = np.array(encoded.dictionary.to_pylist(), np.str_)[arrow.numbers(encoded.indices)]
+        sides = arrow.names(table.column("side"))
         neurons = arrow.numbers(table.column("neuron"))
         ranks = arrow.numbers(table.column("rank")) - 1
         row_ids, values = (arrow.numbers(table.column(name)) for name in ("row_id", "value"))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,6 +18,9 @@ from actstore.site import Site, summarize
 from actstore.store import CoreStore, Result, Rows, SiteInfo
 from actstore.store.budget import as_count
 from actstore.store.rows import as_row_ids
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Ids = npt.NDArray[np.int64]
 

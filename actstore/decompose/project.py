@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import torch
 
@@ -25,6 +25,9 @@ from actstore.errors import ArgumentError, BudgetExceeded, StoreMismatch
 from actstore.store import CoreStore, Rows, SiteInfo
 from actstore.store.budget import parse_budget
 from actstore.store.rows import as_row_ids
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Ids = npt.NDArray[np.int64]
 

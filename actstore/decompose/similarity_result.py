@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 
 from actstore.site import Site, summarize
 from actstore.store import CoreStore, Result, SiteInfo
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Float64 = npt.NDArray[np.float64]
 

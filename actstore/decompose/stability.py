@@ -30,11 +30,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import scipy.optimize
 import torch
@@ -51,6 +50,9 @@ from actstore.decompose.scan import Scan
 from actstore.errors import ArgumentError, BudgetExceeded
 from actstore.store import CoreStore, Result, Rows
 from actstore.store.budget import Progress, as_count, parse_budget
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Ids = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]

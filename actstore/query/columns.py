@@ -8,10 +8,10 @@ before, and nothing is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 
 from actstore.counted import counted
@@ -19,6 +19,9 @@ from actstore.errors import ActstoreError
 from actstore.site import Site
 from actstore.store import CoreStore, Rows
 from actstore.store.stored_rows import ALL, NONE, keep_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Activations:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
+from actstore import arrow, durable
 from actstore.errors import ArgumentError
 from actstore.store import SPECIAL, CoreStore, SiteInfo
 from actstore.store.rows import as_row_ids
@@ -248,13 +248,14 @@ class _Reader:
             part = self.store.parts[self.store.planned[segment].part]
             name = part.file("windows")
             self.store.verifier.check({name: part.files[name]})
-            table = pq.read_table(
-                self.store.path / name,
-                columns=["first_token", "first_row", "rows"],
-                filters=[("document", "=", document), ("space", "=", self.space)],
-            ).sort_by("first_token")
+            facts = ["document", "first_token", "first_row", "rows"]
+            table = durable.read_table(self.store.path / name, ["space", *facts])
+            documents, first_tokens, first_rows, rows = (arrow.numbers(table[f]) for f in facts)
+            is_mine = (documents == document) & (arrow.names(table["space"]) == self.space)
+            mine = np.flatnonzero(is_mine)
+            mine = mine[np.argsort(first_tokens[mine])]
             self._windows[document] = list(
-                zip(table["first_row"].to_pylist(), table["rows"].to_pylist(), strict=True)
+                zip(first_rows[mine].tolist(), rows[mine].tolist(), strict=True)
             )
         windows = self._windows[document]
         own = next(i for i, (row, n) in enumerate(windows) if row <= row_id < row + n)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.cells import cell_len
 
+from actstore import arrow
 from actstore.errors import ActstoreError, ArgumentError
 from actstore.query.answer import Answer, fit, visible
 from actstore.query.condition import Condition
@@ -41,6 +42,19 @@ GROUPS = {"window": "window_id", "document": "document"}
 """What rows can be distinct by, and the column of the token index that tells them apart."""
 
 _BEFORE, _TOKEN, _AFTER = 28, 20, 28  # cells of a printed context
+_ROWS = pa.schema(
+    [
+        ("rank", pa.int32()),
+        ("row_id", pa.int64()),
+        ("value", pa.float32()),
+        ("document", pa.int64()),
+        ("position", pa.int32()),
+        ("token", pa.string()),
+        ("before", pa.string()),
+        ("after", pa.string()),
+        ("source", pa.string()),
+    ]
+)
 _PRINTED = ("rank", "value", "context", "document", "position", "source", "row_id")
 
 
@@ -77,7 +91,7 @@ class Top(Answer):
         texts = zip(
             *(table[name].to_pylist() for name in ("before", "token", "after")), strict=True
         )
-        contexts = pa.array([_in_context(*text) for text in texts], pa.string())
+        contexts = arrow.column([_in_context(*text) for text in texts])
         return _Printed(table.append_column("context", contexts).select(_PRINTED))
 
 
@@ -187,31 +201,34 @@ def top(
             newest = store.index()
             if (newest and newest.number) == (generation and generation.number):
                 raise
-    columns: dict[str, pa.Array] = {
-        "rank": pa.array(range(1, len(ids) + 1), pa.int32()),
-        "row_id": pa.array(ids, pa.int64()),
-        "value": pa.array(values, pa.float32()),
+    columns: dict[str, arrow.Values] = {
+        "rank": np.arange(1, len(ids) + 1),
+        "row_id": ids,
+        "value": values,
     }
     with_values = activations or replay is not None
     if before == after == 0 and not with_values:
-        return Top(pa.table(columns | _without_text(store, info, ids, search.listed)), reached)
+        columns |= _without_text(store, info, ids, search.listed)
+        return Top(arrow.table(columns, _ROWS), reached)
     around = snippets(store, ids, before, after, info.site.space)
     columns |= {
-        "document": pa.array([s.document for s in around], pa.int64()),
-        "position": pa.array([s.position for s in around], pa.int32()),
-        "token": pa.array([s.token for s in around], pa.string()),
-        "before": pa.array([s.before for s in around], pa.string()),
-        "after": pa.array([s.after for s in around], pa.string()),
-        "source": pa.array([s.source for s in around], pa.string()),
+        "document": np.array([s.document for s in around], np.int64),
+        "position": np.array([s.position for s in around], np.int32),
+        "token": [s.token for s in around],
+        "before": [s.before for s in around],
+        "after": [s.after for s in around],
+        "source": [s.source for s in around],
     }
+    table = arrow.table(columns, _ROWS)
     if with_values:
-        columns |= _over_snippets(store, info, neuron, values, around, replay)
-    return Top(pa.table(columns), reached)
+        for name, column in _over_snippets(store, info, neuron, values, around, replay).items():
+            table = table.append_column(name, column)
+    return Top(table, reached)
 
 
 def _without_text(
     store: CoreStore, info: SiteInfo, ids: Ids, listed: IndexList | None
-) -> dict[str, pa.Array]:
+) -> dict[str, arrow.Values]:
     """Return what is known of rows without their text: the index lists it, or tokens hold it."""
     names = ("document", "position", "token_id")
     facts = [np.empty(len(ids), np.int64) for _ in names]
@@ -230,15 +247,15 @@ def _without_text(
         fact[unknown] = column
     documents, positions, tokens = facts
     numbers, which = np.unique(documents, return_inverse=True)
-    sources = np.array(store.sources(numbers), object)
-    empty = pa.array([""] * len(ids), pa.string())
+    sources = store.sources(numbers)
+    empty = [""] * len(ids)
     return {
-        "document": pa.array(documents, pa.int64()),
-        "position": pa.array(positions, pa.int32()),
+        "document": documents,
+        "position": positions,
         "token": store.texts_of(tokens),
         "before": empty,
         "after": empty,
-        "source": pa.array(sources[which], pa.string()),
+        "source": [sources[i] for i in which],
     }
 
 
@@ -261,12 +278,14 @@ def _over_snippets(
         found[~known] = replay(wanted[~known])
         known[:] = True
     ends = np.cumsum([0, *(len(s.tokens) for s in around)])
-    flat = pa.array(found[back], pa.float32(), mask=~known[back])
-    tokens = [token for s in around for token in s.tokens]
+    offsets = arrow.column(ends.astype(np.int32))
+    flat = arrow.column(found[back].astype(np.float32), is_null=~known[back])
+    tokens = arrow.column([token for s in around for token in s.tokens]).cast(pa.string())
+    places = np.array([s.token_rows.index(s.row_id) for s in around], np.int32)
     return {
-        "tokens": pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(tokens, pa.string())),
-        "values": pa.ListArray.from_arrays(ends.astype(np.int32), flat),
-        "place": pa.array([s.token_rows.index(s.row_id) for s in around], pa.int32()),
+        "tokens": pa.ListArray.from_arrays(offsets, tokens),
+        "values": pa.ListArray.from_arrays(offsets, flat),
+        "place": arrow.column(places),
     }
 
 

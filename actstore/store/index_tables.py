@@ -101,8 +101,11 @@ class IndexTables:
         with self._lock:
             table = self._table(name, generation.files)
             found = _rows_of(table, neuron, ["neuron", "side", "rank", *facts])
-        found = found.filter(pa.compute.equal(found["side"], side)).sort_by("rank")
-        row_ids, values, documents, positions, token_ids = (arrow.numbers(found[f]) for f in facts)
+        mine = np.flatnonzero(arrow.names(found["side"]) == side)
+        mine = mine[np.argsort(arrow.numbers(found["rank"])[mine])]
+        row_ids, values, documents, positions, token_ids = (
+            arrow.numbers(found[name])[mine] for name in facts
+        )
         return IndexList(row_ids, values, documents, positions, token_ids, table.longest)
 
     def lists_hold(self, generation: Generation, info: SiteInfo, neuron: int, n: int) -> bool:
@@ -119,8 +122,8 @@ class IndexTables:
         name = f"{generation.folder}/neurons.parquet"
         with self._lock:
             found = _rows_of(self._table(name, generation.files), neuron, ["site", "neuron", "n"])
-        mine = pa.compute.equal(found["site"], str(info.site))
-        return int(found.filter(mine)["n"][0].as_py())
+        mine = arrow.names(found["site"]) == str(info.site)
+        return int(arrow.numbers(found["n"])[mine][0])
 
     def zones(self, generation: Generation, info: SiteInfo, neuron: int) -> NeuronZones | None:
         """Return the zones of a neuron, if the generation has them."""
