@@ -27,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actstore import arrow
 from actstore.errors import DamagedFile, NotEnoughDisk, NotWritable, StoreBusy
 from actstore.shard import crc32c_of_file
 
@@ -398,11 +399,36 @@ def write_table(path: Path, table: pa.Table, row_group_rows: int = ROW_GROUP_ROW
     return writer.finish()
 
 
-def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return a Parquet table, or some columns of it."""
-    # `pyarrow.parquet.read_table` imports Arrow's datasets, and these import pandas.
+def read_table(
+    path: Path | str,
+    columns: Sequence[str] | None = None,
+    where: tuple[str, int] | None = None,
+) -> pa.Table:
+    """Return a Parquet table.
+
+    Parameters
+    ----------
+    path : Path or str
+        Its file.
+    columns : sequence of str, optional
+        What to read of each row; default all.
+    where : (str, int), optional
+        Return only the rows where this column, one of those read, has this value.  Only row groups
+        that may hold it are read.
+    """
     with pq.ParquetFile(path) as file:
-        return file.read(columns)
+        if where is None:
+            return file.read(columns)
+        name, value = where
+        schema, facts = file.metadata.schema, file.metadata
+        leaf = next(i for i in range(len(schema)) if schema.column(i).path == name)
+        groups = []
+        for number in range(facts.num_row_groups if facts.num_rows else 0):
+            statistics = facts.row_group(number).column(leaf).statistics
+            if statistics.min <= value <= statistics.max:
+                groups.append(number)
+        found = file.read_row_groups(groups, columns)
+    return arrow.take(found, np.flatnonzero(arrow.numbers(found[name]) == value))
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> FileFacts:

@@ -67,9 +67,24 @@ def test_lists_are_told_apart() -> None:
     assert arrow.lists(parts).to_pylist() == [[1, 2], [], [3]]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [np.array([True, False]), np.array([1, 2], ">i4"), np.zeros((2, 2)), np.array(["a"])],
+)
+def test_other_arrays_are_refused(values: np.ndarray) -> None:
+    """Their bytes are not those of an Arrow column."""
+    with pytest.raises(TypeError, match="is no column of numbers"):
+        arrow.column(values)
+
+
 def test_what_is_lost_is_told() -> None:
     """Nulls are no numbers, and a number that does not fit is not cut."""
     with pytest.raises(pa.ArrowTypeError):
         arrow.numbers(pa.array([1, None]))
     with pytest.raises(pa.ArrowInvalid):
         arrow.table({"n": np.array([2**40])}, pa.schema([("n", pa.int32())]))
+    with pytest.raises(pa.ArrowInvalid):
+        arrow.table(
+            {"n": np.array([1]), "m": np.array([1, 2])},
+            pa.schema([("n", pa.int32()), ("m", pa.int32())]),
+        )

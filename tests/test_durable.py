@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -282,3 +283,29 @@ def test_arrays_are_what_numpy_writes_and_say_when_the_disk_is_full(
     with pytest.raises(OSError) as caught:
         durable.write_array(tmp_path / "full.npy", array)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_only_the_groups_of_a_value_are_read(tmp_path: Path) -> None:
+    """`where` gives the rows with a value, in their order, and reads no group without it."""
+    path = tmp_path / "windows.parquet"
+    segment = np.sort(np.random.default_rng(0).integers(0, 9, 1_000)).astype(np.int32)
+    table = pa.table(
+        {
+            "ids": [[i, i] for i in range(1_000)],
+            "segment": segment,
+            "text": [f"{i}" for i in range(1_000)],
+        }
+    )
+    durable.write_table(path, table, 50)
+    with mock.patch.object(pq.ParquetFile, "read_row_groups", autospec=True) as read:
+        read.return_value = table.slice(0, 0)
+        durable.read_table(path, where=("segment", 4))
+        groups = read.call_args.args[1]
+    assert [g for g in range(20) if (segment[50 * g : 50 * g + 50] == 4).any()] == groups
+    for value in (0, 4, 8, 9):
+        wanted = table.filter(pa.array(segment == value))
+        assert durable.read_table(path, where=("segment", value)).equals(wanted)
+        some = durable.read_table(path, ["text", "segment"], where=("segment", value))
+        assert some.select(["text", "segment"]).equals(wanted.select(["text", "segment"]))
+    durable.write_table(tmp_path / "none.parquet", table.slice(0, 0))
+    assert durable.read_table(tmp_path / "none.parquet", where=("segment", 4)).num_rows == 0

@@ -127,7 +127,7 @@ class Folds(Protocol):
         ...
 
     def finish(self, site_index: int) -> SiteFolds:
-        """Return what the segment adds to the folds of one site."""
+        """Return what the segment adds to the folds of one site, and let its state go."""
         ...
 
 

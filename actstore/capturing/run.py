@@ -50,6 +50,8 @@ DEFAULT_SITES = ("mlp_post", "resid_pre.0", "resid_post")
 DTYPES = ("auto", "float16", "float32", "bfloat16")
 
 _LEAST_ROWS = 4_096
+# Of bands lower than the usual 4,096 rows: their extremes then add 4 % to what a segment holds, and
+# twice as many would save little more of what each segment costs anew.
 _SEGMENT_BANDS = 32
 _PROBE_TOKENS = 1024
 _FLOAT16_SAFE = 1000.0

@@ -161,7 +161,16 @@ class _Pile:
 
     def write(self) -> None:
         if self.waiting:
-            self.writer.write_batch(pa.RecordBatch.from_pylist(self.waiting, _SCHEMA))
+            texts = ("source", "text", "metadata")
+            table = arrow.table(
+                {
+                    "key": np.array([row["key"] for row in self.waiting], np.uint64),
+                    "number": np.array([row["number"] for row in self.waiting], np.int64),
+                    **{name: [row[name] for row in self.waiting] for name in texts},
+                },
+                _SCHEMA,
+            )
+            self.writer.write_table(table)
             self.waiting = []
 
 

@@ -26,6 +26,7 @@ from actstore.folds.passes import (
     SAMPLE_ROWS,
     BandRows,
     FaultsMet,
+    RunningSites,
     SiteFolds,
     SiteThresholds,
     check_layout,
@@ -124,16 +125,15 @@ class BandFolds:
         self._n_threads = n_threads or _n_cpus()
         # Its threads end with this object; none start before the first band.
         self._pool = ThreadPoolExecutor(self._n_threads) if self._n_threads > 1 else None
-        self._begin = [
+        self._sites = RunningSites(
             partial(_Site, width, dtype, k, sample or Sample(), i in gram_sites)
             for i, (width, dtype) in enumerate(zip(widths, dtypes, strict=True))
-        ]
-        self._sites: dict[int, _Site] = {}
+        )
 
     @property
     def n_bytes(self) -> int:
         """Bytes the running state takes once every page of it was touched."""
-        return sum(array.nbytes for site in self._sites.values() for array in site.arrays())
+        return sum(array.nbytes for site in self._sites for array in site.arrays())
 
     def update(
         self,
@@ -176,11 +176,10 @@ class BandFolds:
         Raises
         ------
         ArgumentError
-            If the band's shape, dtype or layout, or the rows, are not as described.
+            If the band's shape, dtype or layout, or the rows, are not as described, or the site
+            was finished.
         """
-        if site_index not in self._sites:
-            self._sites[site_index] = self._begin[site_index]()
-        site = self._sites[site_index]
+        site = self._sites.running(site_index)
         where = f"site_index = {site_index}"
         bits = site.bits_of(band, where)
         chunk_rows = bits.shape[1]
@@ -230,7 +229,7 @@ class BandFolds:
 
     def finish(self, site_index: int) -> SiteFolds:
         """Return what the segment adds to the folds of one site, and let its running state go."""
-        site = self._sites.pop(site_index, None) or self._begin[site_index]()
+        site = self._sites.finished(site_index)
         return SiteFolds(
             moments=_moments(site.content),
             moments_others=_moments(site.others),

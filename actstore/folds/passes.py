@@ -6,9 +6,9 @@ There are two, and they leave the same folds: `actstore.folds.cpu` compiled for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from actstore.folds.topk import Ranked, Thresholds, TopKState
 from actstore.folds.window_top import WindowThresholds
 from actstore.folds.zones import ZonesState
 from actstore.shard import DTYPES
+
+State = TypeVar("State")
 
 SAMPLE_ROWS = 64
 """Rows whose mean the powers are taken about: keeps it within sqrt(rows / 64) deviations."""
@@ -174,6 +176,46 @@ class BandRows(NamedTuple):
                 "rows; give the window_id of each content row."
             )
         return checked
+
+
+class RunningSites(Generic[State]):
+    """The running states of a segment's sites: begun at the first band, gone when finished.
+
+    Parameters
+    ----------
+    makers : iterable of callable
+        For each site in order, what makes its state.
+    """
+
+    def __init__(self, makers: Iterable[Callable[[], State]]) -> None:
+        self._to_begin = dict(enumerate(makers))
+        self._begun: dict[int, State] = {}
+
+    def __iter__(self) -> Iterator[State]:
+        """Yield the states that are held."""
+        yield from list(self._begun.values())
+
+    def running(self, site_index: int) -> State:
+        """Return the state of a site.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such site, or it was finished.
+        """
+        if site_index not in self._begun:
+            if site_index not in self._to_begin:
+                raise ArgumentError(
+                    f"site_index = {site_index} is no site, or was finished before; a finished "
+                    "site takes no more bands."
+                )
+            self._begun[site_index] = self._to_begin.pop(site_index)()
+        return self._begun[site_index]
+
+    def finished(self, site_index: int) -> State:
+        """Return the state of a site and let go of it; raises as `running` does."""
+        self.running(site_index)
+        return self._begun.pop(site_index)
 
 
 def check_sites(widths: Sequence[int], dtypes: Sequence[str], k: int) -> None:

@@ -248,11 +248,14 @@ class _Reader:
             part = self.store.parts[self.store.planned[segment].part]
             name = part.file("windows")
             self.store.verifier.check({name: part.files[name]})
-            facts = ["document", "first_token", "first_row", "rows"]
-            table = durable.read_table(self.store.path / name, ["space", *facts])
-            documents, first_tokens, first_rows, rows = (arrow.numbers(table[f]) for f in facts)
-            is_mine = (documents == document) & (arrow.names(table["space"]) == self.space)
-            mine = np.flatnonzero(is_mine)
+            facts = ["first_token", "first_row", "rows"]
+            table = durable.read_table(
+                self.store.path / name,
+                ["document", "space", *facts],
+                where=("document", document),
+            )
+            first_tokens, first_rows, rows = (arrow.numbers(table[fact]) for fact in facts)
+            mine = np.flatnonzero(arrow.names(table["space"]) == self.space)
             mine = mine[np.argsort(first_tokens[mine])]
             self._windows[document] = list(
                 zip(first_rows[mine].tolist(), rows[mine].tolist(), strict=True)

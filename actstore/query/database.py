@@ -345,7 +345,7 @@ class _SnippetFunction:
         store = self._store()
         if store is None:  # no query runs without a Database, which holds the store
             raise RuntimeError("the store is gone")
-        texts: list[str | None] = [None] * len(row_ids)
+        texts = [""] * len(row_ids)
         calls: dict[tuple[int, int, str], list[int]] = {}
         wanted = zip(before.to_pylist(), after.to_pylist(), spaces.to_pylist(), strict=True)
         for place, key in enumerate(wanted):
@@ -359,4 +359,4 @@ class _SnippetFunction:
         except ActstoreError as error:
             self.failures.append(error)
             raise
-        return pa.array(texts, pa.string())
+        return arrow.column(texts).cast(pa.string())

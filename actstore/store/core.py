@@ -407,9 +407,7 @@ class CoreStore(Facts):
         part = self.parts[self.planned[segment].part]
         name = part.file("windows")
         self.verifier.check({name: part.files[name]})
-        table = durable.read_table(self.path / name)
-        segments = arrow.numbers(table.column("segment"))
-        return arrow.take(table, np.flatnonzero(segments == segment))
+        return durable.read_table(self.path / name, where=("segment", segment))
 
     def document(self, document: int) -> dict[str, Any]:
         """Return a document: number, source, n_tokens, text and metadata (JSON)."""

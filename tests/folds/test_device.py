@@ -133,7 +133,7 @@ def test_special_rows_do_not_pile_up() -> None:
     for i in range(20):
         band = torch.ones((1, 100, 3), dtype=torch.float16)
         folds.update(0, band, np.arange(0), np.arange(100), np.arange(0), 100 * i)
-        held.append(sum(map(len, folds._sites[0].held)))
+        held.append(sum(map(len, folds._sites.running(0).held)))
     assert held == [100, 200, 300, 400, 500, 0] * 3 + [100, 200]
     assert folds.finish(0).moments_others.n.tolist() == [2000] * 3
 
@@ -159,7 +159,7 @@ def test_limits_cross_only_where_they_are_new() -> None:
             )
         sent.append([c.args[0].size for c in crossing.call_args_list].count(6))
     assert sent == [1, 0, 1]
-    assert folds._sites[0].lists.limits.tolist()[:2] == [2.0, 2.0]
+    assert folds._sites.running(0).lists.limits.tolist()[:2] == [2.0, 2.0]
 
 
 def test_temporary_memory_does_not_grow_with_the_width() -> None:

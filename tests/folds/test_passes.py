@@ -499,7 +499,7 @@ def test_columns_of_zeros_do_not_fill_the_candidates_again(make_folds: MakeFolds
     for i in range(8):
         band, rows = np.zeros((1, 64, 1), np.float16), np.arange(64)
         folds.update(0, band, rows, np.arange(0), rows + 64 * i, 64 * i)
-        site = folds._sites[0]
+        site = folds._sites.running(0)
         if isinstance(folds, BandFolds):
             assert site.candidates.counts.tolist() == [[10], [10]]
             assert site.window_candidates.counts.tolist() == [[10]]
@@ -567,6 +567,21 @@ def test_sites_are_apart(make_folds: MakeFolds) -> None:
     assert folds.n_bytes == held > 0
     assert folds.finish(1).moments.n.tolist() == [8, 8]
     assert folds.n_bytes == 0
+
+
+@pytest.mark.parametrize("site_index", [0, -1, 2])
+def test_a_finished_site_takes_no_more(make_folds: MakeFolds, site_index: int) -> None:
+    """Nor is it finished twice; a band that came late would be lost without a word."""
+    folds = make_folds([2, 2], ["float16", "float16"], first_row_id=0, k=2)
+    band, rows = np.ones((1, 8, 2), DTYPES["float16"]), np.arange(8)
+    folds.update(0, band, rows, np.arange(0), rows)
+    folds.finish(0)
+    for call in (
+        lambda: folds.finish(site_index),
+        lambda: folds.update(site_index, band, rows, np.arange(0), rows, 8),
+    ):
+        with pytest.raises(ArgumentError, match=f"site_index = {site_index} is no site, or was"):
+            call()
 
 
 @pytest.mark.parametrize(("dtype", "with_gram"), [("float16", False), ("float32", True)])

@@ -55,6 +55,7 @@ from actstore.folds.histogram import N_BINS, HistogramState, bins_of
 from actstore.folds.passes import (
     BandRows,
     FaultsMet,
+    RunningSites,
     SiteFolds,
     SiteThresholds,
     check_layout,
@@ -145,19 +146,18 @@ class DeviceFolds:
             (dtype, width): to_device(_bin_table(dtype) * np.int32(width), device)
             for width, dtype in zip(widths, dtypes, strict=True)
         }
-        self._begin = [
+        self._sites = RunningSites(
             partial(
                 _Site, width, dtype, k, sample or Sample(), i in gram_sites, tables[dtype, width]
             )
             for i, (width, dtype) in enumerate(zip(widths, dtypes, strict=True))
-        ]
-        self._sites: dict[int, _Site] = {}
+        )
         self._cut: tuple[BandRows, Pieces] | None = None
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the device that the running state takes."""
-        return sum(tensor.nbytes for site in self._sites.values() for tensor in site.tensors())
+        return sum(tensor.nbytes for site in self._sites for tensor in site.tensors())
 
     def update(
         self,
@@ -192,11 +192,10 @@ class DeviceFolds:
         Raises
         ------
         ArgumentError
-            If the band's shape, dtype or layout, or the rows, are not as described.
+            If the band's shape, dtype or layout, or the rows, are not as described, or the site
+            was finished.
         """
-        if site_index not in self._sites:
-            self._sites[site_index] = self._begin[site_index]()
-        site = self._sites[site_index]
+        site = self._sites.running(site_index)
         where = f"site_index = {site_index}"
         view = site.view(band, where)
         rows = BandRows.of(content, others, windows, view.n_rows, where)
@@ -222,8 +221,7 @@ class DeviceFolds:
         if self._stream is not None:
             ordered = torch.cuda.stream(self._stream)
         with ordered:
-            site = self._sites.pop(site_index, None) or self._begin[site_index]()
-            return site.finish(self.first_row_id)
+            return self._sites.finished(site_index).finish(self.first_row_id)
 
 
 def state_bytes(
