@@ -58,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", help="memory beyond the model; default: the capture's own")
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary one")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="where the peers are installed")
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        choices=("bert", "gpt2"),
+        default=("bert", "gpt2"),
+        help="models for --peers: MiniLM, and a random GPT-2 of its size; default both",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a few seconds, for the tests")
     options = parser.parse_args(argv)
@@ -76,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options.rounds,
                 context=512,
                 batch_tokens=4096,
+                models=options.beside,
                 budget=options.budget,
             )
         else:
