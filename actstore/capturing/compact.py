@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actstore import arrow, durable
+from actstore.capturing.allocator import give_back
 from actstore.capturing.lists import (
     EXEMPLARS,
     SAMPLE,
@@ -79,6 +80,7 @@ def compact(
         def site(info: SiteInfo) -> tuple[pa.Table, dict[str, npt.NDArray[Any]]]:
             merged = _merge(store, base, info, partials)
             writer.write_site(info, merged, _exemplars(store, base, info, merged))
+            give_back()  # two threads' heaps would keep what each site has left in them
             states = [pack(info.site, state, merged[state]) for state in ("moments", "others")]
             return _neurons(info, merged), states[0] | states[1]
 
